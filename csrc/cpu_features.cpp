@@ -1,0 +1,72 @@
+#include "cpu_features.h"
+
+#include <atomic>
+#include <stdexcept>
+
+namespace clp {
+
+namespace {
+
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr int kBest = -1;
+std::atomic<int> requested{kBest};
+
+Isa detect() {
+#if defined(__x86_64__)
+  // __builtin_cpu_supports asks cpuid, and xgetbv for what the operating system saves.
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return Isa::portable;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl")) {
+    return Isa::avx2;
+  }
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+#else
+  return Isa::portable;
+#endif
+}
+
+}  // namespace
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+Isa current_isa() {
+  const int isa = requested.load(std::memory_order_relaxed);
+  return isa == kBest ? best_isa() : static_cast<Isa>(isa);
+}
+
+void set_isa(const std::string& name) {
+  if (name == "best") {
+    requested.store(kBest, std::memory_order_relaxed);
+    return;
+  }
+  for (const Isa isa : kAll) {
+    if (name != isa_name(isa)) continue;
+    if (isa > best_isa()) {
+      throw std::invalid_argument("this processor lacks " + name + "; its best is " + isa_name(best_isa()));
+    }
+    requested.store(static_cast<int>(isa), std::memory_order_relaxed);
+    return;
+  }
+  throw std::invalid_argument("unknown instruction set '" + name +
+                              "'; one of portable, avx2, avx512, avx512_bf16, best");
+}
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::portable:
+      return "portable";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
+  }
+  return "unknown";
+}
+
+}  // namespace clp

@@ -1,0 +1,23 @@
+// Kernels for AVX-512 (F, BW, VL, BF16); run only where the processor has it.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "mixed_linear_cpu.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
+#endif
+
+#define CLP_ISA avx512_bf16
+#define CLP_WIDTH 16
+#define CLP_ROWS 12
+#define CLP_STREAM_ROWS 8
+#define CLP_DOT_BF16
+#include "mixed_linear_cpu_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,58 @@
+"""The choice of a back-end: a pure function of device, dtypes, shapes and availability, never of values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+_CPP_DTYPES = (torch.float32, torch.bfloat16)
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Problem(NamedTuple):
+    """What the choice may depend on: M rows, D in, N out, K copies, S distinct weightings."""
+
+    device_type: str
+    x_dtype: torch.dtype
+    base_dtype: torch.dtype | None
+    deltas_dtype: torch.dtype
+    M: int
+    D: int
+    N: int
+    K: int
+    S: int
+
+
+def unsupported_reason(name: str, problem: Problem) -> str | None:
+    """Return None if back-end `name` takes `problem`, else the field that it does not take."""
+    if name == "reference":
+        return None
+    taken = _CPP_DTYPES if name == "cpp" else _GPU_DTYPES
+    for field, dtype in (("x", problem.x_dtype), ("base", problem.base_dtype), ("deltas", problem.deltas_dtype)):
+        if dtype is not None and dtype not in taken:
+            return f"{field} is {dtype}; back-end {name!r} takes {', '.join(map(str, taken))}"
+    if name == "cuda" and problem.base_dtype not in (None, problem.x_dtype):
+        return f"base is {problem.base_dtype}, x {problem.x_dtype}; back-end 'cuda' takes a base of x's dtype"
+    if name == "cuda" and problem.deltas_dtype not in (problem.x_dtype, torch.float32):
+        return f"deltas are {problem.deltas_dtype}; back-end 'cuda' takes x's dtype {problem.x_dtype} or torch.float32"
+    device_type = "cpu" if name == "cpp" else "cuda"
+    # "triton" by name runs on the CPU too, in Triton's interpreter.
+    if problem.device_type != device_type and not (name == "triton" and problem.device_type == "cpu"):
+        return f"x is on {problem.device_type!r}; back-end {name!r} runs on {device_type!r}"
+    return None
+
+
+def select(problem: Problem, missing: Mapping[str, str | None]) -> str:
+    """Return the back-end that "auto" means for `problem`.
+
+    Args:
+        problem: device, dtypes and shapes of the call.
+        missing: back-end -> None if it can run, else the reason, as `available_backends()` returns it.
+    """
+    candidates = {"cpu": ("cpp",), "cuda": ("triton",)}.get(problem.device_type, ())
+    for name in candidates:
+        if missing[name] is None and unsupported_reason(name, problem) is None:
+            return name
+    return "reference"

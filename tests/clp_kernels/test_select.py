@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import clp_kernels
+from clp_kernels.select import Problem, select, unsupported_reason
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+NOTHING = {"reference": None, "cpp": "not built", "triton": "no GPU", "cuda": "not built"}
+ALL = dict.fromkeys(NOTHING)
+
+
+def problem(device: str, x: torch.dtype, base: torch.dtype | None, deltas: torch.dtype) -> Problem:
+    return Problem(device, x, base, deltas, M=16, D=64, N=48, K=2, S=4)
+
+
+@pytest.mark.parametrize(
+    ("device", "x", "base", "deltas", "missing", "expected"),
+    [
+        ("cpu", F32, F32, F32, ALL, "cpp"),
+        ("cpu", BF16, BF16, F32, ALL, "cpp"),
+        ("cpu", BF16, BF16, BF16, ALL, "cpp"),
+        ("cpu", F32, None, F32, ALL, "cpp"),
+        ("cpu", BF16, F32, F32, ALL, "cpp"),
+        ("cpu", F16, F16, F32, ALL, "reference"),
+        ("cpu", F64, F64, F64, ALL, "reference"),
+        ("cpu", F32, F32, F32, NOTHING, "reference"),
+        ("cuda", BF16, BF16, F32, ALL, "triton"),
+        ("cuda", F16, F16, F16, ALL, "triton"),
+        ("cuda", F64, F64, F64, ALL, "reference"),
+        ("cuda", BF16, BF16, F32, NOTHING, "reference"),
+        ("mps", F32, F32, F32, ALL, "reference"),
+    ],
+)
+def test_auto(device, x, base, deltas, missing, expected):
+    assert select(problem(device, x, base, deltas), missing) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "x", "base", "deltas", "says"),
+    [
+        ("cpp", "cpu", F16, F16, F32, "x is torch.float16"),
+        ("cpp", "cpu", F32, F16, F32, "base is torch.float16"),
+        ("cpp", "cpu", F32, F32, F16, "deltas is torch.float16"),
+        ("cpp", "cuda", F32, F32, F32, "x is on 'cuda'"),
+        ("cuda", "cpu", F32, F32, F32, "x is on 'cpu'"),
+        ("cuda", "cuda", BF16, F32, F32, "base is torch.float32"),
+        ("cuda", "cuda", BF16, BF16, F16, "deltas are torch.float16"),
+        ("triton", "cuda", F64, F64, F64, "x is torch.float64"),
+    ],
+)
+def test_unsupported_names_the_field(name, device, x, base, deltas, says):
+    reason = unsupported_reason(name, problem(device, x, base, deltas))
+    assert reason is not None
+    assert says in reason
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("reference", "mps"), ("triton", "cpu"), ("cpp", "cpu"), ("cuda", "cuda")]
+)
+def test_supported(name, device):
+    assert unsupported_reason(name, problem(device, F32, F32, F32)) is None
+
+
+def arguments() -> tuple[torch.Tensor, ...]:
+    return torch.ones(2, 3), torch.ones(4, 3), torch.ones(4, 2, 3), torch.ones(2)
+
+
+def test_keyword_beats_block_beats_auto():
+    args = arguments()
+    with clp_kernels.backend("reference"):
+        assert clp_kernels.backend_for(*args) == "reference"
+        if clp_kernels.available_backends()["cpp"] is None:
+            assert clp_kernels.backend_for(*args, backend="cpp") == "cpp"
+            with clp_kernels.backend("auto"):
+                assert clp_kernels.backend_for(*args) == "cpp"
+        assert clp_kernels.backend_for(*args) == "reference"
+
+
+def test_block_is_left_after_an_error():
+    with pytest.raises(KeyError), clp_kernels.backend("reference"):
+        raise KeyError
+    from clp_kernels.backend import requested_backend
+
+    assert requested_backend() == "auto"
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="'fortran'"):
+        clp_kernels.mixed_linear(*arguments(), backend="fortran")
+    with pytest.raises(ValueError, match="'fortran'"), clp_kernels.backend("fortran"):
+        pass
+
+
+def test_missing_back_end_raises_with_the_remedy(monkeypatch):
+    import clp_kernels.extension as extension
+
+    monkeypatch.setitem(extension._missing, "cpu", "it was not built: pip install .")
+    with pytest.raises(RuntimeError, match="'cpp' is not available: it was not built: pip install"):
+        clp_kernels.mixed_linear(*arguments(), backend="cpp")
+    assert clp_kernels.available_backends()["cpp"] == "it was not built: pip install ."
+    assert clp_kernels.backend_for(*arguments()) == "reference"
+    with pytest.raises(RuntimeError, match="extension is missing"):
+        extension.set_isa("portable")
+
+
+def test_by_name_and_unsupported():
+    x, base, deltas, c = arguments()
+    if clp_kernels.available_backends()["cpp"] is not None:
+        pytest.skip("cpp is not built")
+    with pytest.raises(ValueError, match=r"takes torch\.float32, torch\.bfloat16"):
+        clp_kernels.mixed_linear(x.half(), base.half(), deltas.half(), c, backend="cpp")
