@@ -1,0 +1,192 @@
+"""Weightings: what a caller asks for (reward weights, KL weight), checked and turned into per-row coefficients.
+
+    W(c) = W_0 + sum_k c_k Delta_k,    c = lambda(alpha) * w
+
+Legend: B sequences, R rewards, K copies (K = R here), P points of a grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+RewardWeights: TypeAlias = Mapping[str, float] | Sequence[Mapping[str, float]] | Sequence[float] | torch.Tensor
+KLWeight: TypeAlias = float | Sequence[float] | torch.Tensor
+
+WEIGHT_DOMAINS = ("simplex", "free")
+SUM_TOLERANCE = 1e-3
+
+
+def reward_weights_tensor(
+    reward_weights: RewardWeights, rewards: Sequence[str], batch_size: int, domain: str = "simplex"
+) -> torch.Tensor:
+    """Turn any accepted form of reward weights into one checked float32 tensor, one row per sequence.
+
+    Equivalent to `torch.tensor([[w[name] for name in rewards] for w in reward_weights])`.
+
+    Args:
+        reward_weights: a dict name -> weight, a list of B such dicts, a tensor or list [K], or a tensor [B, K]; tensors
+            follow the order of `rewards`.
+        rewards: the reward names.
+        batch_size: B, the number of sequences.
+        domain: "simplex" (finite, >= 0, sum 1 within 1e-3) or "free" (finite).
+
+    Returns:
+        w_BR: [B, R] float32, on the tensor's own device (CPU for the other forms).
+
+    Raises:
+        ValueError: a wrong name, length or value; the message names the row, what was found and what is expected.
+    """
+    w_BR = _rows(reward_weights, rewards, batch_size)
+    check_reward_weights(w_BR, rewards, domain)
+    return w_BR
+
+
+def _rows(reward_weights: RewardWeights, rewards: Sequence[str], batch_size: int) -> torch.Tensor:
+    if isinstance(reward_weights, Mapping):
+        row = _named_row(reward_weights, rewards, "reward_weights")
+        return torch.tensor([row], dtype=torch.float32).repeat(batch_size, 1)
+    if not isinstance(reward_weights, torch.Tensor) and any(isinstance(row, Mapping) for row in reward_weights):
+        rows = []
+        for i, row in enumerate(reward_weights):
+            if not isinstance(row, Mapping):
+                raise ValueError(
+                    f"reward_weights[{i}] is a {type(row).__name__} in a list of dicts: give a dict for every row"
+                )
+            rows.append(_named_row(row, rewards, f"reward_weights[{i}]"))
+        weights = torch.tensor(rows, dtype=torch.float32)
+    else:
+        weights = torch.as_tensor(reward_weights).to(torch.float32)
+    if weights.dim() == 1:
+        weights = weights.unsqueeze(0).expand(batch_size, -1)
+    if weights.dim() != 2 or weights.shape[1] != len(rewards):
+        raise ValueError(
+            f"reward_weights has shape {list(weights.shape)}, expected [{len(rewards)}] or "
+            f"[{batch_size}, {len(rewards)}]: one weight per reward, in the order {list(rewards)}"
+        )
+    if weights.shape[0] != batch_size:
+        raise ValueError(
+            f"reward_weights has {weights.shape[0]} rows for a batch of {batch_size} sequences: "
+            "give one row per sequence, or a single weighting for all of them"
+        )
+    return weights
+
+
+def _named_row(row: Mapping[str, float], rewards: Sequence[str], field: str) -> list[float]:
+    if set(row) != set(rewards):
+        missing, unknown = sorted(set(rewards) - set(row)), sorted(map(str, set(row) - set(rewards)))
+        raise ValueError(
+            f"{field} names {sorted(map(str, row))}, the model's rewards are {list(rewards)}"
+            + (f"; missing: {missing}" if missing else "")
+            + (f"; unknown: {unknown}" if unknown else "")
+        )
+    return [float(row[name]) for name in rewards]
+
+
+def check_reward_weights(w_BR: torch.Tensor, rewards: Sequence[str], domain: str) -> None:
+    """Check the values of w_BR [B, R] against `domain`; one comparison of the whole batch, so one device sync.
+
+    Raises:
+        ValueError: a weight is not finite, negative on the simplex, or a row does not sum to 1 there.
+    """
+    w = w_BR.detach().to("cpu", torch.float64)
+    bad = ~torch.isfinite(w).all(dim=1)
+    reason = "must be finite"
+    if domain == "simplex" and not bad.any():
+        bad, reason = (w < 0).any(dim=1), "must be >= 0 on the simplex"
+        if not bad.any():
+            bad, reason = (
+                (w.sum(dim=1) - 1).abs() > SUM_TOLERANCE,
+                f"must sum to 1 within {SUM_TOLERANCE} on the simplex",
+            )
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        values = {name: round(float(value), 6) for name, value in zip(rewards, w[row], strict=True)}
+        hint = '; weight_domain="free" in CLPConfig allows any finite weights' if "finite" not in reason else ""
+        raise ValueError(f"reward_weights of row {row}, {values} (sum {float(w[row].sum()):.6g}), {reason}{hint}")
+
+
+def kl_coefficient(kl_weight: torch.Tensor | float, min_kl_weight: float) -> torch.Tensor:
+    """Interpolation coefficient of a KL weight alpha: DeRa's exact lambda.
+
+    Equivalent to `min_kl_weight * (1 - kl_weight) / (kl_weight * (1 - min_kl_weight))`: 1 at alpha_min (the trained
+    policy), 0 at alpha = 1 (the reference policy). The logits of the KL-regularised optima satisfy
+    z_alpha = z_ref + lambda(alpha) (z_alpha_min - z_ref) (Liu et al. 2024, arXiv 2402.02992).
+
+    Args:
+        kl_weight: alpha, a float or a tensor of any shape, in [min_kl_weight, 1].
+        min_kl_weight: alpha_min in (0, 1).
+
+    Returns:
+        lambda, float32, in alpha's shape.
+
+    Raises:
+        ValueError: alpha outside [min_kl_weight, 1].
+    """
+    alpha = torch.as_tensor(kl_weight, dtype=torch.float64)
+    # float32 inputs carry a relative rounding of 6e-8: the ends are met within that and clamped.
+    outside = ~((alpha >= min_kl_weight * (1 - 1e-6)) & (alpha <= 1 + 1e-6))
+    if outside.any():
+        value = float(alpha[outside].flatten()[0]) if alpha.dim() else float(alpha)
+        raise ValueError(f"kl_weight is {value:g}, outside [min_kl_weight, 1] = [{min_kl_weight:g}, 1]")
+    alpha = alpha.clamp(min_kl_weight, 1.0)
+    return (min_kl_weight * (1 - alpha) / (alpha * (1 - min_kl_weight))).to(torch.float32)
+
+
+def coefficients(w_BR: torch.Tensor, kl_weight: KLWeight | None, min_kl_weight: float) -> torch.Tensor:
+    """Coefficients c = lambda(alpha) * w of a batch.
+
+    Equivalent to `kl_coefficient(kl_weight)[:, None] * w_BR`; without a KL weight lambda is 1.
+
+    Args:
+        w_BR: [B, R] float32 reward weights, checked.
+        kl_weight: a float for all rows, or [B]; None for the trained policy itself.
+        min_kl_weight: alpha_min.
+
+    Returns:
+        c_BK: [B, K] float32 on w_BR's device.
+
+    Raises:
+        ValueError: a KL weight outside [min_kl_weight, 1], or not one per sequence.
+    """
+    if kl_weight is None:
+        return w_BR
+    scale = kl_coefficient(torch.as_tensor(kl_weight), min_kl_weight).to(w_BR.device)
+    if scale.dim() == 0:
+        scale = scale.expand(w_BR.shape[0])
+    if scale.shape != (w_BR.shape[0],):
+        raise ValueError(
+            f"kl_weight has shape {list(scale.shape)}, expected a float or [{w_BR.shape[0]}], one per sequence"
+        )
+    return w_BR * scale.unsqueeze(1)
+
+
+def simplex_grid(num_rewards: int, points_per_edge: int) -> np.ndarray:
+    """All weightings whose entries are multiples of 1 / (points_per_edge - 1).
+
+    Two rewards give `points_per_edge` points, w_1 falling from 1 to 0; three give a triangular lattice.
+
+    Returns:
+        w_PR: [P, R] float64, P = C(points_per_edge - 2 + R, R - 1), corners included.
+
+    Raises:
+        ValueError: fewer than two rewards or two points per edge.
+    """
+    if num_rewards < 2 or points_per_edge < 2:
+        raise ValueError(
+            f"a simplex grid needs at least 2 rewards and 2 points, got {num_rewards} and {points_per_edge}"
+        )
+    steps = points_per_edge - 1
+
+    def compositions(total: int, parts: int) -> list[list[int]]:
+        if parts == 1:
+            return [[total]]
+        return [[head, *tail] for head in range(total, -1, -1) for tail in compositions(total - head, parts - 1)]
+
+    grid = np.array(compositions(steps, num_rewards), dtype=np.float64) / steps
+    assert len(grid) == math.comb(steps + num_rewards - 1, num_rewards - 1)
+    return grid
