@@ -1,0 +1,51 @@
+"""Rewards of a completion's length."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from clp_engine.rewards.text import completion_text, fluency, read_column, shared_words, split_words
+
+
+class Brevity:
+    """A short plain sentence on the subject: `bell(words) * fluency * on_subject`, in [0, 1], 0 when empty.
+
+    `bell` is `exp(-log(words / target)**2 / (2 * width**2))`: it falls with the logarithm of the length on both sides,
+    so each step shorter pays. Words are counted with camelCase and snake_case cut, so gluing them gains nothing; what
+    does not read as an English sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is the share of the
+    content words that the source has too, without which one stock phrase would answer everything.
+
+    Args:
+        target_words: where it peaks.
+        width: standard deviation of the log of the length.
+        source_column: column with the text that the sentence must be about; None asks for no subject.
+
+    Raises:
+        ValueError: a parameter is not positive.
+    """
+
+    def __init__(self, target_words: float = 6.0, width: float = 0.6, source_column: str | None = "source") -> None:
+        if not target_words > 0 or not width > 0:
+            raise ValueError(f"target_words and width must be positive, got {target_words} and {width}")
+        self.__name__ = "brevity"
+        self.target_words = target_words
+        self.width = width
+        self.source_column = source_column
+
+    def __call__(self, completions: list[Any], **columns: Any) -> list[float | None]:
+        """Return one score for each completion (TRL's signature; `completions` and the source column are read)."""
+        texts = [completion_text(completion) for completion in completions]
+        if self.source_column is None:
+            return [self.score(text) for text in texts]
+        sources = read_column(columns, self.source_column, self.__name__)
+        return [self.score(text, source) for text, source in zip(texts, sources, strict=True)]
+
+    def score(self, text: str, source: str | None = None) -> float:
+        """Return the score of one text about `source`, or about anything."""
+        count = len(split_words(text))
+        if count == 0:
+            return 0.0
+        distance = math.log(count / self.target_words) / self.width
+        on_subject = 1.0 if source is None else 0.5 + 0.5 * shared_words(text, source)
+        return math.exp(-0.5 * distance * distance) * fluency(text) * on_subject
