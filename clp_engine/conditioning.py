@@ -1,8 +1,8 @@
 """The conditioning of one model forward: the record that every conditioned layer reads, and where it is kept.
 
 The record is found once per model forward, where the weightings enter; no layer sorts, dedupes or syncs. Layers hand
-the record's tensors and back-end to the operator as inputs, so a backward pass needs nothing from here. What runs layers
-again later (gradient checkpointing) binds the record of its own forward, see `ActiveConditioning.bind`.
+the record's tensors and back-end to the operator as inputs, so a backward pass needs nothing from here. What runs
+layers again later (gradient checkpointing) binds the record of its own forward, see `ActiveConditioning.bind`.
 
 Legend: B sequences, S distinct weightings, K copies.
 """

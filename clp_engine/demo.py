@@ -125,9 +125,8 @@ def main(
     with clock.stage("report"):
         report = _write_report(folder, fronts, training, clock, settings, seed)
     print(f"\n[demo] {sum(clock.seconds.values()):.0f} s in all; everything is in {folder}")
-    print(
-        f'[demo] steer the model: clp generate {folder / "model"} --prompt "some text" --weights closeness=.7 brevity=.3'
-    )
+    steer = f'clp generate {folder / "model"} --prompt "some text" --weights closeness=.7 brevity=.3'
+    print(f"[demo] steer the model: {steer}")
     return report
 
 
@@ -143,7 +142,8 @@ def _trainer(
 ) -> CLPTrainer:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = clp.get_clp_model(AutoModelForCausalLM.from_pretrained(base), clp.CLPConfig(rewards=REWARDS))
+    config = clp.CLPConfig(rewards=REWARDS, min_kl_weight=settings.kl_weight)
+    model = clp.get_clp_model(AutoModelForCausalLM.from_pretrained(base), config)
     args = CLPTrainingConfig(
         output_dir=str(folder),
         seed=seed,

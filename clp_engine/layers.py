@@ -29,6 +29,8 @@ class CLPLinear(nn.Linear):
     """
 
     deltas: nn.Parameter
+    active: ActiveConditioning
+    name: str
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, num_copies: int, active: ActiveConditioning, name: str) -> CLPLinear:

@@ -63,20 +63,23 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     for name in targets:
         linear = model.get_submodule(name)
         model.set_submodule(name, CLPLinear.from_linear(linear, config.num_copies, active, name))  # type: ignore[arg-type]
-    model.__class__ = _conditioned_class(type(model))
-    model.clp_config, model._active, model._kernel_backend, model._said_default = config, active, "auto", False
-    return model
+    conditioned: Any = model
+    plain_class: Any = type(model)
+    conditioned.__class__ = _conditioned_class(plain_class)
+    conditioned.clp_config, conditioned._active = config, active
+    conditioned._kernel_backend, conditioned._said_default = "auto", False
+    return conditioned
 
 
 @functools.cache
-def _conditioned_class(base: type) -> type:
+def _conditioned_class(base: Any) -> type:
     """The subclass of (CLPModel, base) whose forward's signature names the weighting's arguments for generate."""
 
-    @functools.wraps(base.forward)  # type: ignore[attr-defined]
+    @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return CLPModel.forward(self, *args, **kwargs)
 
-    signature = inspect.signature(base.forward)  # type: ignore[attr-defined]
+    signature = inspect.signature(base.forward)
     own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in WEIGHTING_ARGUMENTS]
     parameters = list(signature.parameters.values())
     catch_all = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]

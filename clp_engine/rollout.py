@@ -133,10 +133,11 @@ def rollout(
     Returns:
         The completions, on the model's device.
     """
-    ids_GP, mask_GP = (t.to(model.device) for t in encode_prompts(processing_class, prompts, max_prompt_length))
+    device = model.device
+    ids_GP, mask_GP = (t.to(device) for t in encode_prompts(processing_class, prompts, max_prompt_length))
     weighting = {"reward_weights": reward_weights, "kl_weight": kl_weight}
     if isinstance(model, CLPModel):
-        weighting = {"coefficients": model.coefficients(len(prompts), reward_weights, kl_weight).to(model.device)}
+        weighting = {"coefficients": model.coefficients(len(prompts), reward_weights, kl_weight).to(device)}
     with _evaluating(model), _plain_decoding(model, processing_class, do_sample, max_new_tokens):
         inputs = {"input_ids": ids_GP, "attention_mask": mask_GP, **weighting}
         if num_generations > 1:
@@ -207,11 +208,10 @@ def _plain_decoding(model: Any, processing_class: Any, do_sample: bool, max_new_
 
     own = model.generation_config
     eos = own.eos_token_id if own is not None and own.eos_token_id is not None else processing_class.eos_token_id
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if do_sample else {}
     model.generation_config = GenerationConfig(
         do_sample=do_sample,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
+        **sampling,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos,
         pad_token_id=pad_token_id(processing_class),

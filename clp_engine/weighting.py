@@ -48,10 +48,10 @@ def reward_weights_tensor(
 
 def _rows(reward_weights: RewardWeights, rewards: Sequence[str], batch_size: int) -> torch.Tensor:
     if isinstance(reward_weights, Mapping):
-        row = _named_row(reward_weights, rewards, "reward_weights")
-        return torch.tensor([row], dtype=torch.float32).repeat(batch_size, 1)
+        weights_R = _named_row(reward_weights, rewards, "reward_weights")
+        return torch.tensor([weights_R], dtype=torch.float32).repeat(batch_size, 1)
     if not isinstance(reward_weights, torch.Tensor) and any(isinstance(row, Mapping) for row in reward_weights):
-        rows = []
+        rows: list[list[float]] = []
         for i, row in enumerate(reward_weights):
             if not isinstance(row, Mapping):
                 raise ValueError(

@@ -29,6 +29,6 @@ def run(argv: Sequence[str]) -> None:
     parser.add_argument("--num_prompts", type=int, help="held-out prompts of the sweeps (default: the demo's)")
     options = vars(arguments.parse(parser, argv))
     del options["config"]
-    from clp_engine import demo
+    from clp_engine.demo import main
 
-    demo.main(**{name: value for name, value in options.items() if value is not None})
+    main(**{name: value for name, value in options.items() if value is not None})

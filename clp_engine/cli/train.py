@@ -55,7 +55,12 @@ def run(argv: Sequence[str]) -> None:
     options = arguments.parse(_parser(show_all="--help_all" in argv), argv)
     # What is cheap to check comes first: rewards, configuration and rows before the model and any training.
     reward_funcs = loading.load_reward_funcs(options.reward_funcs)
-    config, training = _clp_config(options, list(reward_funcs)), _training_config(options)
+    training = _training_config(options)
+    if options.min_kl_weight is None and training.kl_weight > 0:
+        options.min_kl_weight = (
+            training.kl_weight
+        )  # so that a later --kl_weight of the same value is the trained policy
+    config = _clp_config(options, list(reward_funcs))
     from clp_engine.data import load_dataset_rows
     from clp_engine.model import get_clp_model
     from clp_engine.training import CLPTrainer
@@ -144,7 +149,11 @@ def _add_conditioning_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--parameterization", default="delta", help="form of the copies")
     group.add_argument("--train_shared", action="store_true", help="train the other parameters too, one copy for all")
-    group.add_argument("--min_kl_weight", type=float, help="KL weight at which the trained policy itself answers")
+    group.add_argument(
+        "--min_kl_weight",
+        type=float,
+        help="KL weight at which the trained policy itself answers (default: --kl_weight)",
+    )
     group.add_argument("--weight_domain", default="simplex", choices=("simplex", "free"), help="weights allowed")
     group.add_argument(
         "--default_reward_weights",

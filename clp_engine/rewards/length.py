@@ -47,5 +47,5 @@ class Brevity:
         if count == 0:
             return 0.0
         distance = math.log(count / self.target_words) / self.width
-        on_subject = 1.0 if source is None else 0.5 + 0.5 * shared_words(text, source)
+        on_subject = 1.0 if source is None else 0.2 + 0.8 * shared_words(text, source)
         return math.exp(-0.5 * distance * distance) * fluency(text) * on_subject

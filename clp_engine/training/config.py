@@ -29,7 +29,7 @@ class CLPTrainingConfig(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
     logging_steps: float = field(default=1, metadata={"help": "Log every this many steps."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 switches it off."})
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep False: the reward functions read the data set's other columns."}
     )
     num_generations: int = field(

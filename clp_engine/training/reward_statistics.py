@@ -49,8 +49,8 @@ class RewardStatistics:
         if (applies < 2).any():
             name = names[int(np.argmin(applies))]
             raise ValueError(
-                f"reward {name!r} gave a number for {applies.min()} of {len(rewards_BR)} reference samples: its mean and "
-                "deviation need at least 2; check the reward function, or raise num_reference_samples"
+                f"reward {name!r} gave a number for {applies.min()} of {len(rewards_BR)} reference samples: its mean "
+                "and deviation need at least 2; check the reward function, or raise num_reference_samples"
             )
         mean, std = np.nanmean(rewards_BR, axis=0), np.nanstd(rewards_BR, axis=0, ddof=1)
         for name, deviation in zip(names, std, strict=True):

@@ -5,6 +5,7 @@ Legend: G groups (a prompt under one weighting) of n completions, B = G * n sequ
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from clp_engine.training.reward_statistics import RewardStatistics, measure_refe
 from clp_engine.training.weighting_sampler import WeightingSampler
 from clp_engine.weighting import reward_weights_tensor
 
-STATISTICS_FILE = "reward_statistics.json"
+logger = logging.getLogger(__name__)
 
 
 class CLPTrainer(Trainer):
@@ -100,18 +101,25 @@ class CLPTrainer(Trainer):
             args.weighting_sampler, len(self.reward_names), args.dirichlet_concentration, seed
         )
         self._share_prompts = shares_prompts_exactly(model)
+        if args.kl_weight != model.clp_config.min_kl_weight:
+            logger.warning(
+                "training at kl_weight %g while the config's min_kl_weight is %g: later calls with a kl_weight take "
+                "the trained policy to be the latter's; set them equal to steer the KL weight too",
+                args.kl_weight,
+                model.clp_config.min_kl_weight,
+            )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; the reference statistics are measured first where none were given.
 
         Raises:
             FileExistsError: output_dir holds another run and this is no resume.
         """
         if not resume_from_checkpoint:
-            check_output_dir(self.args.output_dir)
+            check_output_dir(self.args.output_dir or ".")
         if self.reward_statistics is None:
             self.reward_statistics = self.measure_reference()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def measure_reference(self) -> RewardStatistics:
         """Mean and deviation of each reward over `num_reference_samples` completions of the reference policy."""
@@ -129,10 +137,10 @@ class CLPTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Batches of prompts: a step's completions over `num_generations`."""
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=self.train_dataset,  # type: ignore[arg-type]
             description="Training",
             batch_size=self._train_batch_size // self.args.num_generations,
-            sampler_fn=self._get_train_sampler,
+            sampler_fn=self._get_train_sampler,  # type: ignore[arg-type]
             is_training=True,
         )
 
@@ -254,5 +262,5 @@ def _take(dataset: Any, count: int) -> list[Any]:
     return [dataset[i] for i in range(min(count, len(dataset)))]
 
 
-def _rows_as_they_are(rows: list[Any]) -> list[Any]:
+def _rows_as_they_are(rows: list[Any]) -> Any:
     return rows
