@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import clp_engine as clp
 from clp_engine.data.docstrings import load_docstring_pairs
@@ -46,18 +46,20 @@ class DemoSettings:
         dirichlet_concentration: of CLP's weightings.
         num_reference_samples: completions of the base policy that standardise the rewards.
         num_prompts: held-out prompts of the sweeps.
+        max_source_words: longer texts are left out; prompts are most of the time on a small machine.
         sweep_batch_size: completions of a sweep's batch.
     """
 
-    max_steps: int = 16
+    max_steps: int = 10
     prompts_per_step: int = 8
     num_generations: int = 4
     max_completion_length: int = 24
-    learning_rate: float = 1e-4
-    kl_weight: float = 0.05
+    learning_rate: float = 1.5e-4
+    kl_weight: float = 0.1
     dirichlet_concentration: float = 0.5
-    num_reference_samples: int = 96
+    num_reference_samples: int = 64
     num_prompts: int = 48
+    max_source_words: int = 24
     sweep_batch_size: int = 48
 
 
@@ -103,8 +105,8 @@ def main(
     clock = StageClock()
     with clock.stage("data and model"):
         base = ensure_smollm2()
-        train_rows = load_docstring_pairs("train", limit=settings.max_steps * settings.prompts_per_step * 4)
-        test_rows = load_docstring_pairs("test", limit=settings.num_prompts)
+        train_rows = _short_rows("train", settings.max_steps * settings.prompts_per_step, settings)
+        test_rows = _short_rows("test", settings.num_prompts, settings)
         reward_funcs = {"closeness": Closeness(), "brevity": Brevity()}
     statistics: RewardStatistics | None = None
     fronts: dict[str, Front] = {}
@@ -128,6 +130,18 @@ def main(
     steer = f'clp generate {folder / "model"} --prompt "some text" --weights closeness=.7 brevity=.3'
     print(f"[demo] steer the model: {steer}")
     return report
+
+
+def _short_rows(split: Literal["train", "test"], count: int, settings: DemoSettings) -> list[dict[str, Any]]:
+    """The first `count` rows of a split whose text is short; about half of all are."""
+    rows = load_docstring_pairs(split, limit=None if split == "test" else 4 * count, min_pairs=count)
+    short = [row for row in rows if len(row["source"].split()) <= settings.max_source_words][:count]
+    if len(short) < count:
+        raise ValueError(
+            f"{len(short)} {split} texts of at most {settings.max_source_words} words found among {len(rows)}, "
+            f"{count} needed: ask for fewer with --num_prompts or --max_steps"
+        )
+    return short
 
 
 def _trainer(

@@ -92,6 +92,11 @@ def _prompt_ids(processing_class: Any, prompt: Any) -> list[int]:
     return processing_class(text, add_special_tokens=False)["input_ids"]
 
 
+def as_completion(prompt: Any, text: str) -> Any:
+    """The completion in its prompt's form, as reward functions get it: a string, or the assistant's message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def pad_token_id(processing_class: Any) -> int:
     """The padding id: the tokenizer's own, else its end-of-sequence id (padding is always masked)."""
     if processing_class.pad_token_id is not None:

@@ -7,6 +7,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads it once, at its first import: before any other import may cause that one.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tests_support import randomise_deltas, tiny_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub

@@ -57,9 +57,7 @@ def run(argv: Sequence[str]) -> None:
     reward_funcs = loading.load_reward_funcs(options.reward_funcs)
     training = _training_config(options)
     if options.min_kl_weight is None and training.kl_weight > 0:
-        options.min_kl_weight = (
-            training.kl_weight
-        )  # so that a later --kl_weight of the same value is the trained policy
+        options.min_kl_weight = training.kl_weight  # the trained policy then answers to its own KL weight
     config = _clp_config(options, list(reward_funcs))
     from clp_engine.data import load_dataset_rows
     from clp_engine.model import get_clp_model

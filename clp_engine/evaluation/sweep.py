@@ -22,7 +22,7 @@ from clp_engine.evaluation.plot import MAX_REWARDS
 from clp_engine.evaluation.points import BASE_POINT, SweepPoints, sweep_points
 from clp_engine.evaluation.text_measures import point_measures, text_record
 from clp_engine.rewards import resolve, score
-from clp_engine.rollout import Rollout, encode_prompts, rollout
+from clp_engine.rollout import Rollout, as_completion, encode_prompts, rollout
 
 _NOT_FOR_REWARDS = ("prompt", "reward_weights", "kl_weight")
 
@@ -209,10 +209,7 @@ def _add_rewards(
     records.sort(key=lambda r: (-1 if r["point"] is None else r["point"], r["prompt_index"]))
     sources = [rows[r["prompt_index"]] for r in records]
     columns = {name: [row[name] for row in sources] for name in rows[0] if name not in _NOT_FOR_REWARDS}
-    completions = [
-        r["completion"] if isinstance(r["prompt"], str) else [{"role": "assistant", "content": r["completion"]}]
-        for r in records
-    ]
+    completions = [as_completion(r["prompt"], r["completion"]) for r in records]
     ids = [r.pop("completion_ids") for r in records]
     rewards_BR = score(funcs, [r["prompt"] for r in records], completions, ids, columns)
     for record, values in zip(records, rewards_BR.tolist(), strict=True):

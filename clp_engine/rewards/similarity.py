@@ -60,12 +60,11 @@ def _embedder(model: str | None) -> SentenceEmbedder:
 
 
 class Closeness:
-    """The meaning of the source, in other words: `(min(cosine, cap) / cap)**2 * (1 - copy_penalty * copied) * fluency`.
+    """The meaning of the source: `(min(cosine, cap) / cap)**2 * (1 - copy_penalty * copied)`, in [0, 1].
 
-    The cosine is that of sentence embeddings of completion and source, 0 where negative; from `cap` on it gains nothing
-    more, which a verbatim copy (cosine 1) would otherwise win by; `copied` is the share of words within 4-grams of the
-    source; `fluency` leaves the full stop out, because a text cut at the length limit is as close. In [0, 1], 0 when
-    empty.
+    The cosine is that of sentence embeddings of completion and source, 0 where negative; from `cap` on it gains
+    nothing more; the square spreads what comes near. `copied` is the share of words within 4-grams of the source; a
+    `copy_penalty` asks for other words.
 
     Args:
         source_column: column with the text to be close to.
@@ -80,8 +79,8 @@ class Closeness:
     def __init__(
         self,
         source_column: str = "source",
-        cap: float = 0.9,
-        copy_penalty: float = 0.25,
+        cap: float = 1.0,
+        copy_penalty: float = 0.0,
         model: str | Path | None = None,
     ) -> None:
         if not 0.0 < cap <= 1.0:
@@ -117,7 +116,7 @@ class Closeness:
     def _score(self, text: str, source: str, cosine: float) -> float:
         """Return the score of one text whose cosine is known."""
         close = min(max(cosine, 0.0), self.cap) / self.cap
-        return close * (1.0 - self.copy_penalty * copied_share(text, source))
+        return close * close * (1.0 - self.copy_penalty * copied_share(text, source))
 
 
 class RougeL:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from clp_engine.rewards import score
-from clp_engine.rollout import rollout
+from clp_engine.rollout import as_completion, rollout
 
 logger = logging.getLogger(__name__)
 
 MIN_STD = 1e-4
+NOT_FOR_REWARDS = ("prompt", "reward_weights", "kl_weight")  # columns that reward functions do not get
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def measure_reference(
 def score_rollout(reward_funcs: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], completions: Any) -> np.ndarray:
     """Rewards [B, R] of a rollout whose groups are `rows`; the rows' other columns reach the reward functions."""
     repeated = [row for row in rows for _ in range(completions.num_generations)]
-    columns = {name: [row.get(name) for row in repeated] for name in rows[0] if name != "prompt"}
+    columns = {name: [row.get(name) for row in repeated] for name in rows[0] if name not in NOT_FOR_REWARDS}
     prompts = [row["prompt"] for row in repeated]
-    return score(reward_funcs, prompts, completions.texts, completions.completion_id_lists(), columns)
+    texts = [as_completion(prompt, text) for prompt, text in zip(prompts, completions.texts, strict=True)]
+    return score(reward_funcs, prompts, texts, completions.completion_id_lists(), columns)

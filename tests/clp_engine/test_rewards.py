@@ -105,7 +105,8 @@ def test_completions_may_be_messages():
     with pytest.raises(TypeError, match="int"):
         completion_text(3)
     text = "Return the key."
-    assert Brevity()([text]) == Brevity()([[{"role": "assistant", "content": text}]])
+    reward = Brevity(source_column=None)
+    assert reward([text]) == reward([[{"role": "assistant", "content": text}]])
 
 
 def test_words_are_counted_at_the_joints_of_names():
@@ -164,7 +165,16 @@ def test_brevity_peaks_at_its_target_and_falls_on_both_sides():
     "hack", ["", "hyperbolicFunction()", "Hyperbolic Function", "file.read().decode().key", "....."]
 )
 def test_brevity_gives_hacks_next_to_nothing(hack):
-    assert Brevity().score(hack) < 0.25 < 0.9 < Brevity().score("Returns the public key.")
+    assert Brevity().score(hack) < 0.25 < 0.9 < Brevity().score("Returns the key of the file.")
+
+
+def test_brevity_asks_for_the_subject_where_there_is_a_source():
+    texts = ["Returns the public key.", "This is a function.", "Summarize in one short sentence."]
+    on_subject, generic, instruction = call(Brevity(), texts, source=[SOURCE] * 3)
+    assert on_subject > 3 * max(generic, instruction)
+    assert call(Brevity(source_column=None), texts)[1] > 0.5
+    with pytest.raises(ValueError, match="'brevity' reads the column 'source'"):
+        call(Brevity(), texts)
 
 
 def test_brevity_refuses_a_target_below_zero():
@@ -173,7 +183,7 @@ def test_brevity_refuses_a_target_below_zero():
 
 
 @needs_minilm
-def test_closeness_prefers_a_paraphrase_to_a_copy_to_another_subject():
+def test_closeness_follows_the_meaning_and_can_prefer_other_words():
     texts = [
         "Reads the public key that a PEM file holds.",
         SOURCE,
@@ -181,10 +191,12 @@ def test_closeness_prefers_a_paraphrase_to_a_copy_to_another_subject():
         "",
         "public_key.read()",
     ]
-    paraphrase, copy, other, empty, code = call(Closeness(), texts, source=[SOURCE] * len(texts))
-    assert paraphrase > copy > other >= 0.0
-    assert empty == 0.0
-    assert code == 0.0
+    sources = [SOURCE] * len(texts)
+    paraphrase, copy, other, empty, code = call(Closeness(), texts, source=sources)
+    assert 1.0 >= copy > paraphrase > code > other >= 0.0
+    assert empty < 0.1
+    paraphrase, copy, *_ = call(Closeness(copy_penalty=0.5), texts, source=sources)
+    assert paraphrase > copy
 
 
 @needs_minilm

@@ -22,10 +22,10 @@ import triton
 import clp_kernels
 from clp_kernels import mixed_linear_triton as launchers
 
-# Triton decorates its own functions (tl.sum) at its first import, which `import clp_kernels` brings about through torch.
+# Triton decorates its own functions (tl.sum) at its first import, which `import clp_kernels` causes through torch.
 # A variable set after that leaves half of Triton compiled, and every test below would fail for the wrong reason.
-TRITON_IS_COMPILED = isinstance(triton.language.sum, triton.JITFunction)
-if TRITON_IS_COMPILED != torch.cuda.is_available() or launchers.INTERPRETED == torch.cuda.is_available():
+is_interpreted = {launchers.INTERPRETED, not isinstance(triton.language.sum, triton.JITFunction)}
+if is_interpreted != {not torch.cuda.is_available()}:
     raise RuntimeError("triton was imported before TRITON_INTERPRET was set: tests/conftest.py must set it first")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
