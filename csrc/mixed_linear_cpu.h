@@ -90,7 +90,7 @@ struct Kernels {
   void (*stream)(const StreamJob& job, int64_t n_begin, int64_t n_end);
   // Work items of gemm: (row chunk, panel), the panel running faster. `panel` holds panel_columns * panel_length floats.
   void (*gemm)(const GemmJob& job, int64_t item_begin, int64_t item_end, float* panel);
-  // `scratch` holds panel_columns * (M + K * grad_rows) floats.
+  // `scratch` holds panel_columns * (M + 2 * K * grad_rows) floats.
   void (*grad)(const GradJob& job, int64_t item_begin, int64_t item_end, float* scratch);
 };
 

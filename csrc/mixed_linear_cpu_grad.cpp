@@ -40,7 +40,7 @@ void run_grad(const GradJob& job) {
   const int64_t items = ceil_div(w.D, kernels.panel_columns);
   const int64_t work = job.rows.M * w.N * kernels.panel_columns;
   parallel(items, kGrain / std::max<int64_t>(work, 1) + 1, [&](int64_t begin, int64_t end) {
-    const FloatBuffer scratch(kernels.panel_columns * (job.rows.M + w.K * kernels.grad_rows));
+    const FloatBuffer scratch(kernels.panel_columns * (job.rows.M + 2 * w.K * kernels.grad_rows));
     kernels.grad(job, begin, end, scratch.get());
   });
 }

@@ -6,12 +6,15 @@ import functools
 import importlib.util
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 
 from clp_kernels import extension
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 
@@ -24,6 +27,15 @@ class _Requested(threading.local):
 
 
 _requested = _Requested()
+
+
+def _constant_when_compiled(function: _Function) -> _Function:
+    """Return `function`, which torch.compile then calls once while it traces, for its result.
+
+    torch.compiler.assume_constant_result sets the same mark, but imports torch._dynamo for it, and that Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def check_backend_name(name: str) -> str:
@@ -71,7 +83,7 @@ def _triton_missing() -> str | None:
     )
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def missing_reason(name: str) -> str | None:
     """Return None if back-end `name` can run in this process, else why it cannot and what to do about it."""
     match name:
@@ -86,7 +98,7 @@ def missing_reason(name: str) -> str | None:
     raise ValueError(f"unknown back-end {name!r}")
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiled
 def available_backends() -> dict[str, str | None]:
     """Return every back-end's name with None if it can run in this process, else the reason and the remedy."""
     return {name: missing_reason(name) for name in BACKENDS}

@@ -152,14 +152,23 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         d_deltas, d_c = d_deltas if needs_deltas else None, d_c if needs_c else None
     if needs_base:
         d_base = (dy.T @ x).to(base.dtype)
-    # The bias terms are plain torch for every back-end: two small reductions over rows.
-    dy_acc = dy.to(c.dtype)
+    # The bias terms are small reductions over rows, in plain torch for every back-end.
     if needs_bias:
-        d_bias = dy_acc.sum(0).to(ctx.bias_dtype)
-    if needs_bias_deltas:
-        d_bias_deltas = (dy_acc.T @ c.index_select(0, row_map)).to(bias_deltas.dtype)
-    if d_c is not None and bias_deltas is not None:
-        d_c = d_c.index_add(0, row_map, dy_acc @ bias_deltas.to(c.dtype))
+        d_bias = dy.to(c.dtype).sum(0).to(ctx.bias_dtype)
+    if bias_deltas is not None and (needs_bias_deltas or needs_c):
+        # The bias deltas are the deltas of an input that is one in every row.
+        d_bias_deltas, bias_d_c = torch.ops.clp.mixed_linear_backward_deltas(
+            dy,
+            dy.new_ones(dy.shape[0], 1),
+            bias_deltas[:, :, None],
+            c,
+            row_map,
+            needs_bias_deltas,
+            needs_c,
+            "reference",
+        )
+        d_bias_deltas = d_bias_deltas.squeeze(2) if needs_bias_deltas else None
+        d_c = d_c + bias_d_c if needs_c else None
     return dx, d_base, d_deltas, d_c, None, d_bias, d_bias_deltas, None
 
 
