@@ -172,6 +172,7 @@ def _trainer(
         num_reference_samples=settings.num_reference_samples,
         save_strategy="no",
         report_to="none",
+        dataloader_pin_memory=False,
     )
     return CLPTrainer(
         model=model,
