@@ -20,7 +20,7 @@ from typing import Any, Literal
 import clp_engine as clp
 from clp_engine.data.docstrings import load_docstring_pairs
 from clp_engine.data.smollm2 import ensure_smollm2
-from clp_engine.evaluation import Front, plot_fronts, results, side_by_side, sweep, table
+from clp_engine.evaluation import BasePolicy, Front, plot_fronts, results, side_by_side, sweep, table
 from clp_engine.rewards import Brevity, Closeness
 from clp_engine.training import CLPTrainer, CLPTrainingConfig, RewardStatistics
 
@@ -60,7 +60,7 @@ class DemoSettings:
     num_reference_samples: int = 64
     num_prompts: int = 48
     max_source_words: int = 24
-    sweep_batch_size: int = 48
+    sweep_batch_size: int = 88
 
 
 class StageClock:
@@ -121,7 +121,8 @@ def main(
         samples = settings.max_steps * settings.prompts_per_step * settings.num_generations
         training[method] = {"seconds": clock.seconds[f"train {method}"], "samples": samples}
         with clock.stage(f"sweep {method}"):
-            fronts[method] = _sweep(trainer, test_rows, reward_funcs, settings, seed)
+            base_policy = fronts["clp"].base if fronts else None
+            fronts[method] = _sweep(trainer, test_rows, reward_funcs, settings, seed, base_policy)
         if method == "clp":
             trainer.save_model(str(folder / "model"))
     with clock.stage("report"):
@@ -185,7 +186,12 @@ def _trainer(
 
 
 def _sweep(
-    trainer: CLPTrainer, rows: Sequence[Any], reward_funcs: dict[str, Any], settings: DemoSettings, seed: int
+    trainer: CLPTrainer,
+    rows: Sequence[Any],
+    reward_funcs: dict[str, Any],
+    settings: DemoSettings,
+    seed: int,
+    base_policy: BasePolicy | None,
 ) -> Front:
     return sweep(
         trainer.model,
@@ -196,6 +202,7 @@ def _sweep(
         max_completion_length=settings.max_completion_length,
         batch_size=settings.sweep_batch_size,
         seed=seed,
+        base=base_policy,
     )
 
 

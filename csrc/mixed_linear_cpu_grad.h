@@ -19,7 +19,7 @@ static double inner_product(const Weights& w, int64_t k, int64_t n0, int64_t row
 }
 
 // One block of kRows outputs by kColumns inputs: its sums over all segments in `totals` [2, K, kRows, kColumns], the second
-// half of which sums segments until they make up kChain rows: many short segments are no long chain either.
+// half of which sums short segments until they make up kChain rows: many of them are no long chain either.
 template <typename Delta>
 static void grad_block(const GradJob& job, int64_t item, int64_t block, const float* panel, float* totals) {
   const Weights& w = job.weights;
@@ -33,19 +33,21 @@ static void grad_block(const GradJob& job, int64_t item, int64_t block, const fl
   for (int64_t i = 0; i < 2 * w.K * tile_size; i++) totals[i] = 0.0f;
   for (int64_t g = 0; g < job.rows.num_segments; g++) {
     const Segment& segment = job.rows.segments[g];
+    const int64_t length = segment.end - segment.begin;
     const float* dy = job.dy + (block * job.rows.M + segment.begin) * kRows;
-    multiply<kRows, kRows>(dy, 1, panel + segment.begin * kColumns, segment.end - segment.begin, tile);
+    multiply<kRows, kRows>(dy, 1, panel + segment.begin * kColumns, length, tile);
     for (int64_t k = first; k < last; k++) {
       const float c = job.only_copy < 0 ? job.rows.c[segment.weighting * w.K + k] : 1.0f;
-      float* total = chain + k * tile_size;
+      float* total = (length < kChain ? chain : totals) + k * tile_size;
       for (int64_t i = 0; job.d_deltas && i < tile_size; i++) total[i] += c * tile[i];
       if (job.d_c) {
         job.d_c[(item * job.S + segment.weighting) * w.K + k] +=
             inner_product<Delta>(w, k, n0, rows, d0, columns, tile);
       }
     }
-    chain_rows += segment.end - segment.begin;
-    if (!job.d_deltas || (chain_rows < kChain && g + 1 < job.rows.num_segments)) continue;
+    if (length < kChain) chain_rows += length;
+    const bool is_last = g + 1 == job.rows.num_segments;
+    if (!job.d_deltas || chain_rows == 0 || (chain_rows < kChain && !is_last)) continue;
     chain_rows = 0;
     for (int64_t i = first * tile_size; i < last * tile_size; i++) {
       totals[i] += chain[i];

@@ -42,6 +42,7 @@ def sweep(
     measures: bool = True,
     max_prompt_length: int | None = None,
     progress: bool = True,
+    base: BasePolicy | None = None,
 ) -> Front:
     """Generate under every weighting of a grid, score the completions, and return the front.
 
@@ -65,6 +66,7 @@ def sweep(
         measures: True also takes log-probabilities and KL, which needs the model to be callable.
         max_prompt_length: keep the last tokens of longer prompts.
         progress: show a progress bar.
+        base: the reference policy's part of an earlier sweep over the same prompts, instead of running it again.
 
     Raises:
         ValueError: an empty data set, a row without a prompt, weights or sizes out of range, reward functions that do
@@ -85,7 +87,9 @@ def sweep(
         "return_logits": measures and callable(model),
     }
     prompts = [row["prompt"] for row in rows]
-    jobs = _work_list(encode_prompts(processing_class, prompts, max_prompt_length)[1], len(points.weights_PR))
+    _check_base(base, prompts, names)
+    swept = [*([BASE_POINT] if base is None else []), *range(len(points.weights_PR))]
+    jobs = _work_list(encode_prompts(processing_class, prompts, max_prompt_length)[1], swept)
     size = max(1, batch_size // num_generations)
     records: list[dict[str, Any]] = []
     bar = _progress_bar(len(jobs) * num_generations, progress)
@@ -97,13 +101,26 @@ def sweep(
             records += _records(model, out, batch, prompts, points)
             bar.update(len(out.texts))
     _add_rewards(records, rows, funcs)
-    return _front(records, points, time.perf_counter() - started)
+    return _front(records, points, base, time.perf_counter() - started)
 
 
-def _work_list(prompt_mask_NP: torch.Tensor, num_points: int) -> list[tuple[int, int]]:
-    """Return (prompt, point) for every prompt under every point and the reference, by prompt length."""
+def _work_list(prompt_mask_NP: torch.Tensor, points: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (prompt, point) for every prompt under every point, by prompt length."""
     by_length = prompt_mask_NP.sum(dim=1).argsort(stable=True).tolist()
-    return [(i, point) for i in by_length for point in (BASE_POINT, *range(num_points))]
+    return [(i, point) for i in by_length for point in points]
+
+
+def _check_base(base: BasePolicy | None, prompts: Sequence[Any], names: Sequence[str]) -> None:
+    if base is None:
+        return
+    seen = {sample["prompt_index"]: sample["prompt"] for sample in base.samples}
+    if seen != dict(enumerate(prompts)):
+        raise ValueError(
+            f"base holds the reference policy's answers to {len(seen)} prompts, eval_ds has {len(prompts)} and they "
+            "are not the same: leave base out to run the reference policy on these"
+        )
+    if any(set(sample["rewards"]) != set(names) for sample in base.samples):
+        raise ValueError(f"base was scored by other rewards than {list(names)}: leave it out")
 
 
 def _checked_rows(eval_ds: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -216,10 +233,17 @@ def _add_rewards(
         record["rewards"] = {n: None if np.isnan(v) else v for n, v in zip(funcs, values, strict=True)}
 
 
-def _front(records: Sequence[dict[str, Any]], points: SweepPoints, seconds: float) -> Front:
+def _front(records: Sequence[dict[str, Any]], points: SweepPoints, base: BasePolicy | None, seconds: float) -> Front:
     names = points.names
     samples = [record for record in records if record["point"] is not None]
     base_samples = [record for record in records if record["point"] is None]
+    if base is None:
+        base = BasePolicy(
+            mean_rewards(base_samples, names),
+            std_rewards(base_samples, names),
+            base_samples,
+            point_measures(base_samples),
+        )
     groups: list[list[dict[str, Any]]] = [[] for _ in points.weights_PR]
     for sample in samples:
         groups[sample["point"]].append(sample)
@@ -230,12 +254,7 @@ def _front(records: Sequence[dict[str, Any]], points: SweepPoints, seconds: floa
         rewards=np.stack([mean_rewards(group, names) for group in groups]),
         samples=samples,
         measures=[point_measures(group) for group in groups],
-        base=BasePolicy(
-            mean_rewards(base_samples, names),
-            std_rewards(base_samples, names),
-            base_samples,
-            point_measures(base_samples),
-        ),
+        base=base,
         seconds=seconds,
     )
 

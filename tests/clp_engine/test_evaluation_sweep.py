@@ -179,6 +179,16 @@ def test_each_prompt_and_each_distinct_completion_is_run_once(model, tokenizer, 
     assert sum(rows for rows, _ in shapes[1:]) == 2
 
 
+def test_the_base_of_an_earlier_sweep_is_not_run_again(model, tokenizer, front):
+    options = {"processing_class": tokenizer, "grid": 3, "progress": False}
+    again = sweep(model, dataset(), FUNCS, max_completion_length=7, base=front.base, **options)
+    assert again.base is front.base
+    assert all(sample["point"] is not None for sample in again.samples)
+    assert again.rewards[0] == pytest.approx(front.rewards[0])
+    with pytest.raises(ValueError, match="5 prompts, eval_ds has 4"):
+        sweep(model, dataset(4), FUNCS, base=front.base, **options)
+
+
 def test_scores_need_the_policys_logits(model, tokenizer):
     out = rollout(model, tokenizer, ["w4 w5"], max_new_tokens=3, do_sample=False)
     with pytest.raises(ValueError, match="return_logits=True"):
