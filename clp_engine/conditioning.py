@@ -49,7 +49,7 @@ class Conditioning:
         index: dict[tuple[float, ...], int] = {}
         rows = [index.setdefault(tuple(row), len(index)) for row in c_BK.tolist()]
         is_reference = all(c == 0 for row in index for c in row)
-        distinct = torch.tensor(list(index), dtype=torch.float32).view(-1, c_BK.shape[1])
+        distinct = torch.tensor(list(index), dtype=c_BK.dtype).view(-1, c_BK.shape[1])
         return cls(distinct, torch.tensor(rows, dtype=torch.int32), backend, is_reference)
 
     def to(self, device: torch.device) -> Conditioning:

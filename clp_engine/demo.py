@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -238,6 +239,7 @@ def _environment() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     names = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     return {
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),  # Linux counts in kB
         "processor": names[0].partition(":")[2].strip() if names else platform.processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -89,7 +89,7 @@ def find_targets(model: nn.Module, config: CLPConfig) -> list[str]:
         found = [name for name in linears if any(name.startswith(f"{parent}.") for parent in inside)]
         wanted = 'variant="attn" (linear layers inside attention modules)'
     if not found:
-        raise ValueError(f"{wanted} matches no linear layer of {type(model).__name__}{_hint(linears, config)}")
+        raise ValueError(f"{wanted} matches no linear layer of {type(model).__name__}{_hint(model, linears, config)}")
     return found
 
 
@@ -101,10 +101,10 @@ def _matching(linears: dict[str, nn.Linear], targets: list[str] | str, head: nn.
     return [name for name in linears if any(name == t or name.endswith(f".{t}") for t in targets)]
 
 
-def _hint(linears: dict[str, nn.Linear], config: CLPConfig) -> str:
+def _hint(model: nn.Module, linears: dict[str, nn.Linear], config: CLPConfig) -> str:
+    if any(type(module).__name__ == "Conv1D" for module in model.modules()):
+        return ": its layers are Conv1D, and Conv1D is not conditioned yet"
     suffixes = sorted({name.rsplit(".", 1)[-1] for name in linears})
-    if not suffixes:
-        return ": it has no nn.Linear at all"
     wanted: Sequence[str] = config.target_modules if isinstance(config.target_modules, list) else []
     near = sorted({match for target in wanted for match in difflib.get_close_matches(target, suffixes, n=3)})
     return f"; near names: {near}" if near else f"; its linear layers end in {suffixes}"

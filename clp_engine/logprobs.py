@@ -28,16 +28,25 @@ def token_logprobs(
             `CLPModel.coefficients`; zeros give the reference policy.
         share_prompts: run each group's prompt once, its completions side by side after it in one row under a block
             mask: G * (P + n * (L - 1)) instead of G * n * (P + L - 1) positions. For models that
-            `shares_prompts_exactly` accepts.
+            `shares_prompts_exactly` accepts; prompts and completions longer than a model's attention window take
+            padded rows all the same, because the block mask replaces the window's.
 
     Returns:
         logprobs_BL: float32, 0 after the end of a completion.
     """
-    if share_prompts and rollout.num_generations > 1:
+    width = rollout.prompt_ids_BP.shape[1] + rollout.completion_ids_BL.shape[1]
+    if share_prompts and rollout.num_generations > 1 and width <= _attention_window(model):
         logprobs_BL = _shared_prompt_logprobs(model, rollout, coefficients_GK)
     else:
         logprobs_BL = _padded_logprobs(model, rollout, coefficients_GK)
     return logprobs_BL * rollout.completion_mask_BL
+
+
+def _attention_window(model: Any) -> float:
+    """The least number of positions that any layer attends to; infinite where all see everything."""
+    config = getattr(model, "module", model).config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((window for window in windows if window), default=float("inf"))
 
 
 def _padded_logprobs(model: Any, rollout: Rollout, coefficients_GK: torch.Tensor) -> torch.Tensor:
@@ -104,7 +113,7 @@ def shares_prompts_exactly(model: Any, tolerance: float = 1e-3) -> bool:
     """Whether the model computes the same log-probabilities with shared prompts as with padded rows.
 
     Models that ignore a 4-D mask or the position ids (some attention back-ends, some position schemes) do not; this
-    tries it on random ids, two groups of two completions with left padding.
+    tries it on random ids, two groups of two completions with left padding, within the attention window.
     """
     vocabulary = model.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)

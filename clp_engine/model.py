@@ -134,7 +134,8 @@ class CLPModel:
             check_cache(cache, coefficients)
         elif reward_weights is not None or kl_weight is not None:
             raise ValueError("coefficients already hold the weighting: give them, or reward_weights and kl_weight")
-        record = Conditioning.from_rows(coefficients.to(torch.float32), self._kernel_backend)
+        accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
+        record = Conditioning.from_rows(coefficients.to(accumulator), self._kernel_backend)
         with self._active.use(record.to(self.device)):  # type: ignore[attr-defined]
             outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
         tag_cache(getattr(outputs, "past_key_values", None), coefficients)

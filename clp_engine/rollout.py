@@ -182,6 +182,8 @@ def _share_prompt(model: Any, inputs: dict[str, Any], num_generations: int) -> d
         logits_to_keep=1,
     )
     cache = outputs.past_key_values
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None])):
+        return repeated  # a recurrent state or a foreign cache
     cache.batch_repeat_interleave(num_generations)
     tag_cache(cache, repeated["coefficients"])
     return {**repeated, "past_key_values": cache}

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 import clp_engine as clp
+from clp_engine.conditioning import Conditioning
 from clp_engine.layers import conditioned_layers
 from clp_engine.rollout import encode_prompts, rollout
 
@@ -64,6 +65,38 @@ def test_each_row_is_the_plain_model_with_that_rows_mix(plain, batch, variant):
             expected = torch.stack(rows)
     assert (expected - plain(**batch).logits).abs().max() > 0.1
     assert torch.allclose(got, expected, atol=2e-5)
+
+
+def test_a_float64_model_is_its_own_oracle(plain, conditioned, batch):
+    single = conditioned(**batch, reward_weights=W).logits
+    double = conditioned.double()(**batch, reward_weights=W).logits
+    assert double.dtype == torch.float64
+    assert torch.allclose(single.double(), double, atol=2e-5)
+
+
+def test_bfloat16_keeps_the_steering_effect(plain, conditioned, batch):
+    """float32 deltas over a bfloat16 base: y(c) - y(0) agrees with float32's, though each delta is below W's rounding."""
+    for layer in conditioned_layers(conditioned).values():
+        layer.deltas.data.mul_(0.1)
+    narrow = copy.deepcopy(conditioned)
+    for parameter in narrow.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    for parameter in conditioned.parameters():
+        parameter.data = parameter.data.bfloat16().float() if not parameter.requires_grad else parameter.data
+    x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    records = [Conditioning.from_rows(c, "auto") for c in (W, W * 0)]
+    for name, layer in conditioned_layers(narrow).items():
+        wide = conditioned_layers(conditioned)[name]
+        effects = []
+        for module, inputs in ((layer, x), (wide, x.float())):
+            outputs = []
+            for record in records:
+                with module.active.use(record), torch.no_grad():
+                    outputs.append(module(inputs).float())
+            effects.append(outputs[0] - outputs[1])
+        # Each of the two bfloat16 outputs is rounded once: 2 * 2^-9 of the largest output.
+        assert (effects[0] - effects[1]).abs().max() <= 2 * 2**-8 * outputs[0].abs().max(), name
 
 
 def test_kl_weight_one_is_the_reference_and_the_middle_interpolates(plain, conditioned, batch):
