@@ -174,7 +174,10 @@ static void store_tile(const GemmJob& job, const float* tile, int64_t staged, in
 template <typename Base, typename Delta>
 static void gemm_typed(const GemmJob& job, int64_t item_begin, int64_t item_end, float* panel) {
   const int64_t panels = (job.columns + kColumns - 1) / kColumns;
-  alignas(64) float tile[kRows * kColumns];
+  alignas(64) float tile[kRows * kColumns], one_stream[kRows * kColumns];
+  // Streams one above the other are summed each for itself: one chain over them all would be longer than any of torch's.
+  const int64_t streams = job.concatenated ? job.weights.K + (job.weights.base ? 1 : 0) : 1;
+  const int64_t length = streams > 0 ? job.length / streams : 0;
   for (int64_t item = item_begin; item < item_end; item++) {
     const int64_t first_column = item % panels * kColumns;
     const int64_t chunk_begin = item / panels * job.row_chunk;
@@ -187,7 +190,13 @@ static void gemm_typed(const GemmJob& job, int64_t item_begin, int64_t item_end,
       pack_panel<Base, Delta>(job, first_column, job.rows.c + segment.weighting * job.weights.K, panel);
       for (int64_t m = begin; m < end; m += kRows) {
         const int64_t num_rows = end - m < kRows ? end - m : kRows;
-        multiply_for<kRows>(num_rows)(job.a + m * job.length, job.length, panel, job.length, tile);
+        const Multiply product = multiply_for<kRows>(num_rows);
+        const float* a = job.a + m * job.length;
+        product(a, job.length, panel, length, tile);
+        for (int64_t stream = 1; stream < streams; stream++) {
+          product(a + stream * length, job.length, panel + stream * length * kColumns, length, one_stream);
+          for (int64_t i = 0; i < num_rows * kColumns; i++) tile[i] += one_stream[i];
+        }
         const auto finish = job.y_dtype == Dtype::f32 ? store_tile<float> : store_tile<Bf16>;
         finish(job, tile, m, num_rows, first_column);
       }

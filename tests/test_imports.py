@@ -240,6 +240,12 @@ def test_everything_optional_may_be_missing(tmp_path: Path) -> None:
     assert output.strip() == "imported"
 
 
+def test_the_kernels_import_no_compiler(tmp_path: Path) -> None:
+    for package in ("clp_kernels", "clp_engine.model"):
+        output = run_python(f"import {package}\nprint({{'triton', 'torch._dynamo'}} & set(sys.modules))", tmp_path)
+        assert output.strip() == "set()", package
+
+
 TEXT = sorted(
     path
     for pattern in ("clp_engine/**/*", "kernels/**/*", "csrc/*", "tests/**/*", "bench/**/*", ".ci/*", "*")

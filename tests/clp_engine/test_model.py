@@ -75,7 +75,7 @@ def test_a_float64_model_is_its_own_oracle(plain, conditioned, batch):
 
 
 def test_bfloat16_keeps_the_steering_effect(plain, conditioned, batch):
-    """float32 deltas over a bfloat16 base: y(c) - y(0) agrees with float32's, though each delta is below W's rounding."""
+    """float32 deltas over a bfloat16 base: y(c) - y(0) agrees with that of a float32 model."""
     for layer in conditioned_layers(conditioned).values():
         layer.deltas.data.mul_(0.1)
     narrow = copy.deepcopy(conditioned)
