@@ -135,7 +135,7 @@ def main(
 
 
 def _short_rows(split: Literal["train", "test"], count: int, settings: DemoSettings) -> list[dict[str, Any]]:
-    """The first `count` rows of a split whose text is short; about half of all are."""
+    """The first `count` rows of a split whose text is short, looked for among four times as many."""
     rows = load_docstring_pairs(split, limit=None if split == "test" else 4 * count, min_pairs=count)
     short = [row for row in rows if len(row["source"].split()) <= settings.max_source_words][:count]
     if len(short) < count:
