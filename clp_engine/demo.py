@@ -55,7 +55,7 @@ class DemoSettings:
     prompts_per_step: int = 8
     num_generations: int = 4
     max_completion_length: int = 24
-    learning_rate: float = 1.5e-4
+    learning_rate: float = 2.5e-4
     kl_weight: float = 0.12
     dirichlet_concentration: float = 0.5
     num_reference_samples: int = 64

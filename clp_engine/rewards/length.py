@@ -25,7 +25,7 @@ class Brevity:
         ValueError: a parameter is not positive.
     """
 
-    def __init__(self, target_words: float = 6.0, width: float = 0.5, source_column: str | None = "source") -> None:
+    def __init__(self, target_words: float = 7.0, width: float = 0.4, source_column: str | None = "source") -> None:
         if not target_words > 0 or not width > 0:
             raise ValueError(f"target_words and width must be positive, got {target_words} and {width}")
         self.__name__ = "brevity"

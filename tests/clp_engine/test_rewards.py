@@ -172,7 +172,7 @@ def test_brevity_asks_for_the_subject_where_there_is_a_source():
     texts = ["Returns the public key.", "This is a function.", "Summarize in one short sentence."]
     on_subject, generic, instruction = call(Brevity(), texts, source=[SOURCE] * 3)
     assert on_subject > 3 * max(generic, instruction)
-    assert call(Brevity(source_column=None), texts)[1] > 0.5
+    assert call(Brevity(target_words=4, source_column=None), texts)[1] > 0.5
     with pytest.raises(ValueError, match="'brevity' reads the column 'source'"):
         call(Brevity(), texts)
 
