@@ -224,24 +224,3 @@ def test_unknown_and_missing_backends_raise(conditioned):
         with pytest.raises(RuntimeError, match="cuda"):
             conditioned.set_kernel_backend("cuda")
     assert conditioned.kernel_backend() in ("reference", "cpp", "triton")
-
-
-def test_smollm2_at_step_zero_and_in_a_mixed_batch(smollm2):
-    from tests_support import randomise_deltas
-
-    plain, tokenizer = smollm2
-    model = condition(plain)
-    prompts = [[{"role": "user", "content": f"Summarize: {text}"}] for text in PROMPTS]
-    ids, mask = encode_prompts(tokenizer, prompts)
-    model.set_kernel_backend("reference")
-    with torch.no_grad():
-        expected = plain(input_ids=ids, attention_mask=mask).logits.view(torch.int32)
-        for weights in ([1.0, 0.0], [0.5, 0.5], W):
-            got = model(input_ids=ids, attention_mask=mask, reward_weights=weights).logits
-            assert torch.equal(got.view(torch.int32), expected)
-    randomise_deltas(model, std=3e-3)
-    together = rollout(model, tokenizer, prompts, reward_weights=W, max_new_tokens=8, do_sample=False)
-    for i, w in enumerate(W):
-        alone = rollout(model, tokenizer, prompts[i : i + 1], reward_weights=w, max_new_tokens=8, do_sample=False)
-        assert alone.texts[0] == together.texts[i]
-    assert len(set(together.texts)) == len(PROMPTS)

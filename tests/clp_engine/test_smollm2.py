@@ -1,0 +1,137 @@
+"""The embedded real model, conditioned: exactness at step 0, gradients, generation.
+
+Errors are root mean squares against float64, at most twice those of the plain model in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests_support import randomise_deltas
+
+import clp_engine as clp
+from clp_engine.layers import conditioned_layers
+from clp_engine.logprobs import token_logprobs
+from clp_engine.rollout import encode_prompts, rollout
+
+W = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.2, 0.8]])
+PROMPTS = [
+    [{"role": "user", "content": f"Summarize: {text}"}]
+    for text in ("the cat sat", "Read all files of the dog.", "Return the sum of two values")
+]
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2):
+    return smollm2[0]
+
+
+@pytest.fixture(scope="module")
+def batch(smollm2):
+    ids, mask = encode_prompts(smollm2[1], PROMPTS)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="module")
+def conditioned(plain):
+    model = fresh(plain)
+    randomise_deltas(model, std=3e-3)
+    return model
+
+
+def fresh(plain):
+    return clp.get_clp_model(copy.deepcopy(plain), clp.CLPConfig(rewards=["long", "short"]))
+
+
+def mixed_by_hand(plain, conditioned, weights, dtype):
+    """The plain model with W_0 + sum_k w_k Delta_k written into its layers, these alone to be differentiated."""
+    model = copy.deepcopy(plain).to(dtype).requires_grad_(False)
+    for name, layer in conditioned_layers(conditioned).items():
+        weight = model.get_submodule(name).weight
+        weight.data += torch.einsum("k,nkd->nd", weights.to(dtype), layer.deltas.detach().to(dtype))
+        weight.requires_grad_(True)
+    return model
+
+
+def rms(tensor):
+    return tensor.double().square().mean().sqrt()
+
+
+@pytest.mark.parametrize("weights", [[1.0, 0.0], [0.5, 0.5], W], ids=["corner", "centre", "mixed"])
+def test_before_training_the_logits_are_the_plain_models(plain, batch, weights):
+    model = fresh(plain)
+    with torch.no_grad():
+        expected = plain(**batch).logits
+        model.set_kernel_backend("reference")
+        got = model(**batch, reward_weights=weights).logits
+        assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
+        model.set_kernel_backend("auto")
+        got = model(**batch, reward_weights=weights).logits
+        exact = copy.deepcopy(plain).double()(**batch).logits
+    seen = batch["attention_mask"].bool()
+    assert rms((got - exact)[seen]) <= 2 * rms((expected - exact)[seen])
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_gradient_of_copy_k_is_its_coefficient_times_the_plain_gradient(plain, conditioned, batch, backend):
+    weights = torch.tensor([0.3, 0.7])
+    by_hand, exact = (mixed_by_hand(plain, conditioned, weights, dtype) for dtype in (torch.float32, torch.float64))
+    conditioned.set_kernel_backend(backend)
+    conditioned.zero_grad()
+    for model, weighting in ((by_hand, {}), (exact, {}), (conditioned, {"reward_weights": weights})):
+        logprobs = model(**batch, **weighting).logits[:, -1].log_softmax(-1)
+        logprobs[:, :100].sum().backward()
+    for name, layer in conditioned_layers(conditioned).items():
+        want = exact.get_submodule(name).weight.grad
+        allowed = 2 * rms(by_hand.get_submodule(name).weight.grad - want) + 2**-24 * rms(want)
+        for k, w in enumerate(weights.double()):
+            assert rms(layer.deltas.grad[:, k] - w * want) <= w * allowed, (name, k)
+
+
+def test_a_mixed_batch_generates_what_each_row_generates_alone(smollm2, conditioned):
+    tokenizer = smollm2[1]
+    conditioned.set_kernel_backend("auto")
+    together = rollout(conditioned, tokenizer, PROMPTS, reward_weights=W, max_new_tokens=8, do_sample=False)
+    for i, w in enumerate(W):
+        alone = rollout(conditioned, tokenizer, PROMPTS[i : i + 1], reward_weights=w, max_new_tokens=8, do_sample=False)
+        assert alone.texts[0] == together.texts[i]
+    assert len(set(together.texts)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_logprobs_while_generating_equal_those_of_the_training_forward(plain, smollm2, conditioned, backend):
+    conditioned.set_kernel_backend(backend)
+    torch.manual_seed(0)
+    out = rollout(
+        conditioned,
+        smollm2[1],
+        PROMPTS,
+        reward_weights=W,
+        num_generations=2,
+        max_new_tokens=8,
+        do_sample=True,
+        return_logits=True,
+    )
+    real = out.completion_mask_BL.bool()
+    seen = log_softmax_of(out.policy_logits_BLV, out)
+    coefficients = conditioned.coefficients(len(PROMPTS), W)
+    with torch.no_grad():
+        trained = [token_logprobs(conditioned, out, coefficients, share_prompts=share) for share in (False, True)]
+        exact, single = torch.zeros_like(seen, dtype=torch.float64), torch.zeros_like(seen)
+        for i, w in enumerate(W):
+            rows = slice(2 * i, 2 * i + 2)
+            inputs = {"input_ids": out.input_ids_BT[rows], "attention_mask": out.attention_mask_BT[rows]}
+            for logprobs in (exact, single):
+                logits = mixed_by_hand(plain, conditioned, w, logprobs.dtype)(**inputs).logits
+                start = out.prompt_ids_BP.shape[1] - 1
+                logprobs[rows] = log_softmax_of(logits[:, start:-1], out, rows)
+    allowed = 2 * rms((single - exact)[real])
+    for logprobs in (seen, *trained):
+        assert rms((logprobs - exact)[real]) <= allowed
+
+
+def log_softmax_of(logits_BLV, out, rows=slice(None)):
+    ids = out.completion_ids_BL[rows].unsqueeze(-1)
+    return logits_BLV.log_softmax(-1).gather(-1, ids).squeeze(-1)
