@@ -169,7 +169,7 @@ def test_brevity_gives_hacks_next_to_nothing(hack):
 
 
 def test_brevity_asks_for_the_subject_where_there_is_a_source():
-    texts = ["Returns the public key.", "This is a function.", "Summarize in one short sentence."]
+    texts = ["Returns the public key of the file.", "This is a function.", "Summarize in one short sentence."]
     on_subject, generic, instruction = call(Brevity(), texts, source=[SOURCE] * 3)
     assert on_subject > 3 * max(generic, instruction)
     assert call(Brevity(target_words=4, source_column=None), texts)[1] > 0.5
