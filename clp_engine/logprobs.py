@@ -15,17 +15,23 @@ from clp_engine.rollout import Rollout, position_ids
 
 
 def token_logprobs(
-    model: CLPModel, rollout: Rollout, coefficients_GK: torch.Tensor, *, share_prompts: bool = False
+    model: CLPModel,
+    rollout: Rollout,
+    coefficients_GK: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    share_prompts: bool = False,
 ) -> torch.Tensor:
     """Log-probability of each completion token, in float32 and with gradient where enabled.
 
-    Equivalent to `log_softmax(model(input_ids).logits[:, P-1:-1].float(), -1).gather(-1, completion_ids)`.
+    Equivalent to `log_softmax(logits[:, P-1:-1].float() / temperature, -1).gather(-1, completion_ids)`.
 
     Args:
         model: the conditioned model.
         rollout: prompts and completions.
         coefficients_GK: coefficients of each group (each row where num_generations is 1), see
             `CLPModel.coefficients`; zeros give the reference policy.
+        temperature: of the policy, as the rollout was drawn with.
         share_prompts: run each group's prompt once, its completions side by side after it in one row under a block
             mask: G * (P + n * (L - 1)) instead of G * n * (P + L - 1) positions. For models that
             `shares_prompts_exactly` accepts; prompts and completions longer than a model's attention window take
@@ -36,9 +42,9 @@ def token_logprobs(
     """
     width = rollout.prompt_ids_BP.shape[1] + rollout.completion_ids_BL.shape[1]
     if share_prompts and rollout.num_generations > 1 and width <= _attention_window(model):
-        logprobs_BL = _shared_prompt_logprobs(model, rollout, coefficients_GK)
+        logprobs_BL = _shared_prompt_logprobs(model, rollout, coefficients_GK, temperature)
     else:
-        logprobs_BL = _padded_logprobs(model, rollout, coefficients_GK)
+        logprobs_BL = _padded_logprobs(model, rollout, coefficients_GK, temperature)
     return logprobs_BL * rollout.completion_mask_BL
 
 
@@ -49,7 +55,7 @@ def _attention_window(model: Any) -> float:
     return min((window for window in windows if window), default=float("inf"))
 
 
-def _padded_logprobs(model: Any, rollout: Rollout, coefficients_GK: torch.Tensor) -> torch.Tensor:
+def _padded_logprobs(model: Any, rollout: Rollout, coefficients_GK: torch.Tensor, temperature: float) -> torch.Tensor:
     num_tokens = rollout.completion_ids_BL.shape[1]
     mask_BT = rollout.attention_mask_BT[:, :-1]
     logits_BLV = model(
@@ -60,10 +66,12 @@ def _padded_logprobs(model: Any, rollout: Rollout, coefficients_GK: torch.Tensor
         logits_to_keep=num_tokens,
         use_cache=False,
     ).logits
-    return _target_logprobs(logits_BLV, rollout.completion_ids_BL)
+    return _target_logprobs(logits_BLV, rollout.completion_ids_BL, temperature)
 
 
-def _shared_prompt_logprobs(model: Any, rollout: Rollout, coefficients_GK: torch.Tensor) -> torch.Tensor:
+def _shared_prompt_logprobs(
+    model: Any, rollout: Rollout, coefficients_GK: torch.Tensor, temperature: float
+) -> torch.Tensor:
     n, num_tokens = rollout.num_generations, rollout.completion_ids_BL.shape[1]
     prompt_ids_GP, prompt_mask_GP = rollout.prompt_ids_BP[::n], rollout.prompt_mask_BP[::n]
     groups = prompt_ids_GP.shape[0]
@@ -80,8 +88,9 @@ def _shared_prompt_logprobs(model: Any, rollout: Rollout, coefficients_GK: torch
         use_cache=False,
     ).logits
     # The first token of all n completions comes from the one last prompt position.
-    first_Gn = logits_GCV[:, :1].float().log_softmax(dim=-1).squeeze(1).gather(1, targets_GnL[:, :, 0])
-    rest_GC = _target_logprobs(logits_GCV[:, 1:], targets_GnL[:, :, 1:].reshape(groups, -1))
+    first_G1V = (logits_GCV[:, :1].float() / temperature).log_softmax(dim=-1)
+    first_Gn = first_G1V.squeeze(1).gather(1, targets_GnL[:, :, 0])
+    rest_GC = _target_logprobs(logits_GCV[:, 1:], targets_GnL[:, :, 1:].reshape(groups, -1), temperature)
     rest_GnL = rest_GC.view(groups, n, num_tokens - 1)
     return torch.cat([first_Gn.unsqueeze(-1), rest_GnL], dim=-1).view(groups * n, num_tokens)
 
@@ -103,8 +112,11 @@ def _group_mask(prompt_mask_GP: torch.Tensor, n: int, length: int, dtype: torch.
     return mask.masked_fill_(~visible.unsqueeze(1), torch.finfo(dtype).min)
 
 
-def _target_logprobs(logits_BLV: torch.Tensor, targets_BL: torch.Tensor) -> torch.Tensor:
-    flat = F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none")
+def _target_logprobs(logits_BLV: torch.Tensor, targets_BL: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits_MV = logits_BLV.flatten(0, 1).float()
+    if temperature != 1.0:  # another tensor as large as the logits
+        logits_MV = logits_MV / temperature
+    flat = F.cross_entropy(logits_MV, targets_BL.flatten(), reduction="none")
     return -flat.view(targets_BL.shape)
 
 

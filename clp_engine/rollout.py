@@ -115,13 +115,14 @@ def rollout(
     reward_weights: RewardWeights | None = None,
     kl_weight: KLWeight | None = None,
     num_generations: int = 1,
+    temperature: float = 1.0,
     max_prompt_length: int | None = None,
     return_logits: bool = False,
 ) -> Rollout:
     """Complete each prompt `num_generations` times under its own weighting, all in one batch.
 
-    Sampling draws from the model's distribution as it is (temperature 1, no top-k, no top-p, no penalties), whatever
-    its generation_config says; only that config's end-of-sequence ids are kept. The prompt of a group is run once.
+    Sampling draws from `softmax(logits / temperature)` as it is (no top-k, no top-p, no penalties), whatever the
+    model's generation_config says; only that config's end-of-sequence ids are kept. The prompt of a group is run once.
 
     Args:
         model: a text policy: a CLPModel, or anything with its `generate`.
@@ -132,8 +133,9 @@ def rollout(
         reward_weights: one weighting, or one per prompt; see `CLPModel.forward`.
         kl_weight: a float, or one per prompt; 1.0 is the reference policy.
         num_generations: completions per prompt.
+        temperature: of the sampled policy, > 0.
         max_prompt_length: keep the last tokens of longer prompts.
-        return_logits: keep the policy's logits [B, L, V].
+        return_logits: keep the policy's logits [B, L, V], as the model gives them.
 
     Returns:
         The completions, on the model's device.
@@ -143,7 +145,10 @@ def rollout(
     weighting = {"reward_weights": reward_weights, "kl_weight": kl_weight}
     if isinstance(model, CLPModel):
         weighting = {"coefficients": model.coefficients(len(prompts), reward_weights, kl_weight).to(device)}
-    with _evaluating(model), _plain_decoding(model, processing_class, do_sample, max_new_tokens):
+    with (
+        _evaluating(model),
+        _plain_decoding(model, processing_class, temperature if do_sample else None, max_new_tokens),
+    ):
         inputs = {"input_ids": ids_GP, "attention_mask": mask_GP, **weighting}
         if num_generations > 1:
             inputs = _share_prompt(model, inputs, num_generations)
@@ -207,17 +212,20 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_decoding(model: Any, processing_class: Any, do_sample: bool, max_new_tokens: int) -> Iterator[None]:
-    """Swap the model's generation_config for one without any warping: what transformers leaves unset falls back to it
-    and then to top_k = 50, so every field that would change the distribution is set or absent here.
+def _plain_decoding(
+    model: Any, processing_class: Any, temperature: float | None, max_new_tokens: int
+) -> Iterator[None]:
+    """Swap the model's generation_config for one that draws at `temperature` (None: greedy) and warps nothing else:
+    what transformers leaves unset falls back to it and then to top_k = 50, so every field that would change the
+    distribution is set or absent here.
     """
     from transformers import GenerationConfig
 
     own = model.generation_config
     eos = own.eos_token_id if own is not None and own.eos_token_id is not None else processing_class.eos_token_id
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if do_sample else {}
+    sampling = {} if temperature is None else {"temperature": temperature, "top_p": 1.0, "top_k": 0}
     model.generation_config = GenerationConfig(
-        do_sample=do_sample,
+        do_sample=temperature is not None,
         **sampling,
         max_new_tokens=max_new_tokens,
         eos_token_id=eos,

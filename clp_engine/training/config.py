@@ -37,6 +37,10 @@ class CLPTrainingConfig(TrainingArguments):
     )
     max_prompt_length: int | None = field(default=512, metadata={"help": "Keep the last tokens of longer prompts."})
     max_completion_length: int = field(default=64, metadata={"help": "New tokens of a completion at most."})
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of the trained policy, softmax(logits / temperature): samples, log-probs, KL."},
+    )
     kl_weight: float = field(
         default=0.01, metadata={"help": "alpha of the objective (1 - alpha) w.R - alpha KL, in [0, 1)."}
     )
@@ -64,6 +68,8 @@ class CLPTrainingConfig(TrainingArguments):
             )
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length is {self.max_completion_length}, it must be at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}, it must be positive")
         if not 0 <= self.kl_weight < 1:
             raise ValueError(f"kl_weight is {self.kl_weight}, it must lie in [0, 1)")
         if self.weighting_sampler not in SAMPLERS:

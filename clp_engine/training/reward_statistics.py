@@ -80,6 +80,7 @@ def measure_reference(
     batch_size: int,
     max_prompt_length: int | None,
     max_completion_length: int,
+    temperature: float = 1.0,
 ) -> RewardStatistics:
     """Score `num_samples` sampled completions of the reference policy (KL weight 1), one per row, rows in turn.
 
@@ -98,6 +99,7 @@ def measure_reference(
             max_new_tokens=max_completion_length,
             max_prompt_length=max_prompt_length,
             do_sample=True,
+            temperature=temperature,
         )
         scored.append(score_rollout(reward_funcs, batch, completions))
     return RewardStatistics.of(list(reward_funcs), np.concatenate(scored))

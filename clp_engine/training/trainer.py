@@ -132,6 +132,7 @@ class CLPTrainer(Trainer):
             batch_size=self.args.per_device_train_batch_size,
             max_prompt_length=self.args.max_prompt_length,
             max_completion_length=self.args.max_completion_length,
+            temperature=self.args.temperature,
         )
 
     def get_train_dataloader(self) -> Any:
@@ -158,6 +159,7 @@ class CLPTrainer(Trainer):
             max_new_tokens=self.args.max_completion_length,
             max_prompt_length=self.args.max_prompt_length,
             do_sample=True,
+            temperature=self.args.temperature,
         )
         rewards_BR = torch.from_numpy(score_rollout(self.reward_funcs, rows, completions))
         if self.reward_statistics is None:
@@ -180,7 +182,7 @@ class CLPTrainer(Trainer):
         if return_outputs:
             raise NotImplementedError("CLPTrainer has no outputs to return: use evaluate() or clp_engine.evaluation")
         completions = inputs["rollout"]
-        logprobs_BL = token_logprobs(model, completions, inputs["coefficients_GK"], share_prompts=self._share_prompts)
+        logprobs_BL = self._logprobs(model, completions, inputs["coefficients_GK"])
         kl_B = (logprobs_BL.detach() - inputs["reference_BL"]).sum(dim=1)
         returns_B = regularised_return(inputs["scalar_B"], kl_B, self.args.kl_weight)
         advantages_B = leave_one_out_advantages(returns_B, completions.num_generations)
@@ -193,7 +195,16 @@ class CLPTrainer(Trainer):
         """Log-probabilities under the reference: the same model with zero coefficients, in a batch of its own."""
         groups = len(completions.texts) // completions.num_generations
         zeros_GK = torch.zeros(groups, model.clp_config.num_copies)
-        return token_logprobs(model, completions, zeros_GK, share_prompts=self._share_prompts)
+        return self._logprobs(model, completions, zeros_GK)
+
+    def _logprobs(self, model: Any, completions: Any, coefficients_GK: torch.Tensor) -> torch.Tensor:
+        return token_logprobs(
+            model,
+            completions,
+            coefficients_GK,
+            temperature=self.args.temperature,
+            share_prompts=self._share_prompts,
+        )
 
     def _weightings(self, rows: Sequence[Mapping[str, Any]]) -> torch.Tensor:
         w_GR = self._sampler.sample(len(rows))

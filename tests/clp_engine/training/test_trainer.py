@@ -129,23 +129,40 @@ def test_corner_training_equals_separate_runs_of_each_copy(tmp_path, tokenizer, 
             assert torch.allclose(layer.deltas[:, k], other[:, k], atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
 @pytest.mark.parametrize("num_generations", [1, 3])
-def test_logprobs_while_generating_equal_those_of_the_training_forward(conditioned, tokenizer, num_generations):
+def test_logprobs_while_generating_equal_those_of_the_training_forward(
+    conditioned, tokenizer, num_generations, temperature
+):
     # Whatever the model's generation_config would do to sampling must not reach a rollout.
     conditioned.generation_config.update(top_k=2, top_p=0.5, temperature=0.3, repetition_penalty=1.7, do_sample=True)
     prompts, w = ["the cat", "read all file of the dog"], torch.tensor([[0.9, 0.1], [0.2, 0.8]])
     torch.manual_seed(0)
     out = rollout(conditioned, tokenizer, prompts, reward_weights=w, num_generations=num_generations,
-                  max_new_tokens=9, do_sample=True, return_logits=True)  # fmt: skip
-    seen = out.policy_logits_BLV.float().log_softmax(-1).gather(-1, out.completion_ids_BL.unsqueeze(-1)).squeeze(-1)
+                  max_new_tokens=9, do_sample=True, temperature=temperature, return_logits=True)  # fmt: skip
+    seen_BLV = (out.policy_logits_BLV.float() / temperature).log_softmax(-1)
+    seen = seen_BLV.gather(-1, out.completion_ids_BL.unsqueeze(-1)).squeeze(-1)
     assert len(set(map(tuple, out.completion_ids_BL.tolist()))) > 1
     for share_prompts in (False, True):
-        trained = token_logprobs(conditioned, out, conditioned.coefficients(2, w), share_prompts=share_prompts)
+        trained = token_logprobs(conditioned, out, conditioned.coefficients(2, w), temperature=temperature,
+                                 share_prompts=share_prompts)  # fmt: skip
         assert torch.allclose(trained, seen * out.completion_mask_BL, atol=2e-5)
     # EOS counts, what follows does not.
     for ids, mask in zip(out.completion_ids_BL.tolist(), out.completion_mask_BL.tolist(), strict=True):
         end = ids.index(1) + 1 if 1 in ids else len(ids)
         assert mask == [1] * end + [0] * (len(ids) - end)
+
+
+def test_rollouts_are_drawn_at_the_temperature(conditioned, tokenizer):
+    conditioned.lm_head.weight.data.mul_(4.0)  # far from uniform, so that the temperature shows
+    torch.manual_seed(0)
+    n, w = 4000, torch.tensor([[0.5, 0.5]])
+    out = rollout(conditioned, tokenizer, ["the cat"], reward_weights=w, num_generations=n, max_new_tokens=1,
+                  do_sample=True, temperature=0.5, return_logits=True)  # fmt: skip
+    logits_V = out.policy_logits_BLV[0, 0].float()
+    drawn_V = torch.bincount(out.completion_ids_BL[:, 0], minlength=len(logits_V)) / n
+    half, one = ((drawn_V - (logits_V / t).softmax(-1)).abs().sum() / 2 for t in (0.5, 1.0))
+    assert half < 0.05 < 0.1 < one
 
 
 def test_shared_prompts_give_the_padded_gradients(conditioned, tokenizer):
@@ -207,6 +224,7 @@ def test_save_load_and_resume(tmp_path, tokenizer, saved_base):
         ({"num_generations": 3}, ValueError, "multiple of num_generations 3"),
         ({"num_generations": 1}, ValueError, "at least 2"),
         ({"kl_weight": 1.0}, ValueError, "kl_weight"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0"),
         ({"weighting_sampler": "grid"}, ValueError, "weighting_sampler"),
     ],
 )
