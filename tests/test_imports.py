@@ -128,11 +128,19 @@ PUBLIC = {
     "clp_engine.evaluation": ["Front", "hypervolume", "plot_fronts", "sweep"],
     "clp_engine.rewards": ["Brevity", "Closeness", "RougeL", "resolve", "score"],
     "clp_engine.training": ["CLPTrainer", "CLPTrainingConfig"],
-    "clp_kernels": ["available_backends", "backend", "backend_for", "mixed_linear", "mixed_linear_ref"],
+    "clp_kernels": [
+        *("available_backends", "backend", "backend_for", "mixed_linear", "mixed_linear_ref"),
+        *("mixed_embedding", "mixed_embedding_ref", "mixed_norm", "mixed_norm_ref"),
+    ],
 }
 SIGNATURES = {
     ("clp_kernels", "mixed_linear"): (
         "x base deltas coefficients bias=None * bias_deltas=None row_map=None backend=None",
+    ),
+    ("clp_kernels", "mixed_embedding"): ("ids base deltas coefficients * row_map=None padding_idx=None backend=None",),
+    ("clp_kernels", "mixed_norm"): (
+        "x weight weight_deltas coefficients bias=None * bias_deltas=None row_map=None eps=1e-06 kind=rms offset=0.0 "
+        "cast_before_scale=False backend=None",
     ),
     ("clp_engine", "get_clp_model"): ("model config",),
     ("clp_engine.evaluation", "sweep"): (

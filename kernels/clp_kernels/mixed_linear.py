@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels.arguments import Rows, flatten_rows
-from clp_kernels.backend import available_backends, check_backend_name, missing_reason, requested_backend
+from clp_kernels.arguments import Rows, autocast, flatten_rows
 from clp_kernels.mixed_linear_ops import mixed_linear_fwd_op, mixed_linear_op
-from clp_kernels.select import Problem, select, unsupported_reason
+from clp_kernels.select import Problem, resolve
 
 
 def mixed_linear(
@@ -52,7 +51,7 @@ def mixed_linear(
 
     Reference: arXiv 2407.15762, section 3 (parameter averaging; here of differences to the reference model).
     """
-    x = _autocast(x)
+    x = autocast(x)
     rows = flatten_rows(x, base, deltas, coefficients, bias, bias_deltas, row_map)
     name = _resolve(backend, rows, base, deltas)
     tensors = (x, base, deltas, coefficients, bias, bias_deltas)
@@ -86,20 +85,11 @@ def backend_for(
         ValueError, RuntimeError: as `mixed_linear`.
     """
     return _resolve(
-        backend, flatten_rows(_autocast(x), base, deltas, coefficients, bias, bias_deltas, row_map), base, deltas
+        backend, flatten_rows(autocast(x), base, deltas, coefficients, bias, bias_deltas, row_map), base, deltas
     )
 
 
-def _autocast(x: Tensor) -> Tensor:
-    device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device_type))
-    return x
-
-
 def _resolve(requested: str | None, rows: Rows, base: Tensor | None, deltas: Tensor) -> str:
-    """Return the back-end's name: the keyword, else the surrounding block's, else what `select` takes for "auto"."""
-    name = requested_backend() if requested is None else check_backend_name(requested)
     x_MD, c_SK = rows.x_MD, rows.c_SK
     N, K, D = deltas.shape
     problem = Problem(
@@ -113,12 +103,4 @@ def _resolve(requested: str | None, rows: Rows, base: Tensor | None, deltas: Ten
         K=K,
         S=c_SK.shape[0],
     )
-    if name == "auto":
-        return select(problem, available_backends())
-    reason = missing_reason(name)
-    if reason is not None:
-        raise RuntimeError(f"back-end {name!r} is not available: {reason}")
-    reason = unsupported_reason(name, problem)
-    if reason is not None:
-        raise ValueError(f"back-end {name!r} does not take this call: {reason}; use backend='auto' or 'reference'")
-    return name
+    return resolve(requested, problem)

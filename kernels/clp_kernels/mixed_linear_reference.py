@@ -99,11 +99,11 @@ def backward_deltas(
         if needs_coefficients:
             z_MKD = _product_with_copies(dy_MN, deltas_NKD, accumulator)
             d_c_MK = torch.bmm(z_MKD, x_MD.to(accumulator)[:, :, None]).squeeze(2)
-            d_c_SK = _sum_by_weighting(d_c_MK, row_map_M, c_SK.shape[0]).to(c_SK.dtype)
+            d_c_SK = sum_by_weighting(d_c_MK, row_map_M, c_SK.shape[0]).to(c_SK.dtype)
     return d_deltas_NKD, d_c_SK
 
 
-def _sum_by_weighting(rows_MK: Tensor, row_map_M: Tensor, S: int) -> Tensor:
+def sum_by_weighting(rows_MK: Tensor, row_map_M: Tensor, S: int) -> Tensor:
     """Return `zeros(S, K).index_add(0, row_map, rows)`, summed in float64, the same bits in every run.
 
     index_add adds by atomics on a GPU, in any order. index_put sorts there first, and on the CPU adds float64 in order

@@ -7,8 +7,16 @@ from typing import NamedTuple
 
 import torch
 
+from clp_kernels.backend import available_backends, check_backend_name, missing_reason, requested_backend
+
 _CPP_DTYPES = (torch.float32, torch.bfloat16)
 _GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPP_DTYPES_OF = {  # of the other operators
+    "low_rank_linear": (torch.float32, torch.bfloat16, torch.float16),
+    "mixed_embedding": (torch.float32, torch.bfloat16),
+    "mixed_linear_logprob": (torch.float32, torch.bfloat16),
+    "mixed_norm": (torch.float32, torch.bfloat16),
+}
 
 
 class Problem(NamedTuple):
@@ -25,10 +33,20 @@ class Problem(NamedTuple):
     S: int
 
 
-def unsupported_reason(name: str, problem: Problem) -> str | None:
+class OperatorCall(NamedTuple):
+    """The same for the other operators, which have the forms reference and C++: the floating arguments' dtypes."""
+
+    op: str
+    device_type: str
+    dtypes: Mapping[str, torch.dtype]
+
+
+def unsupported_reason(name: str, problem: Problem | OperatorCall) -> str | None:
     """Return None if back-end `name` takes `problem`, else the field that it does not take."""
     if name == "reference":
         return None
+    if isinstance(problem, OperatorCall):
+        return _unsupported_call(name, problem)
     taken = _CPP_DTYPES if name == "cpp" else _GPU_DTYPES
     for field, dtype in (("x", problem.x_dtype), ("base", problem.base_dtype), ("deltas", problem.deltas_dtype)):
         if dtype is not None and dtype not in taken:
@@ -44,7 +62,42 @@ def unsupported_reason(name: str, problem: Problem) -> str | None:
     return None
 
 
-def select(problem: Problem, missing: Mapping[str, str | None]) -> str:
+def _unsupported_call(name: str, call: OperatorCall) -> str | None:
+    if name != "cpp":
+        return f"{call.op} has no {name!r} form"
+    taken = _CPP_DTYPES_OF[call.op]
+    for field, dtype in call.dtypes.items():
+        if dtype not in taken:
+            return f"{field} is {dtype}; back-end 'cpp' takes {', '.join(map(str, taken))}"
+    if call.device_type != "cpu":
+        return f"its arguments are on {call.device_type!r}; back-end 'cpp' runs on 'cpu'"
+    return None
+
+
+def resolve(requested: str | None, problem: Problem | OperatorCall) -> str:
+    """Return the back-end's name: the keyword, else the surrounding block's, else what `select` takes for "auto".
+
+    Args:
+        requested: the operator's keyword `backend`.
+        problem: what the call is.
+
+    Raises:
+        ValueError: an unknown name, or a back-end asked for by name that does not take this call.
+        RuntimeError: a back-end asked for by name that this process lacks.
+    """
+    name = requested_backend() if requested is None else check_backend_name(requested)
+    if name == "auto":
+        return select(problem, available_backends())
+    reason = missing_reason(name)
+    if reason is not None:
+        raise RuntimeError(f"back-end {name!r} is not available: {reason}")
+    reason = unsupported_reason(name, problem)
+    if reason is not None:
+        raise ValueError(f"back-end {name!r} does not take this call: {reason}; use backend='auto' or 'reference'")
+    return name
+
+
+def select(problem: Problem | OperatorCall, missing: Mapping[str, str | None]) -> str:
     """Return the back-end that "auto" means for `problem`.
 
     Args:

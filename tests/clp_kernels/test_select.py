@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import clp_kernels
-from clp_kernels.select import Problem, select, unsupported_reason
+from clp_kernels.select import OperatorCall, Problem, select, unsupported_reason
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 NOTHING = {"reference": None, "cpp": "not built", "triton": "no GPU", "cuda": "not built"}
@@ -61,6 +61,42 @@ def test_unsupported_names_the_field(name, device, x, base, deltas, says):
 )
 def test_supported(name, device):
     assert unsupported_reason(name, problem(device, F32, F32, F32)) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtypes", "missing", "expected"),
+    [
+        ("cpu", {"x": F32, "weight": BF16}, ALL, "cpp"),
+        ("cpu", {"x": BF16, "weight": F16}, ALL, "reference"),
+        ("cpu", {"x": F64}, ALL, "reference"),
+        ("cpu", {"x": F32}, NOTHING, "reference"),
+        ("cuda", {"x": F32}, ALL, "reference"),
+        ("mps", {"x": F32}, ALL, "reference"),
+    ],
+)
+def test_auto_of_a_row_by_row_operator(device, dtypes, missing, expected):
+    assert select(OperatorCall("mixed_norm", device, dtypes), missing) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "says"),
+    [
+        ("cpp", "cpu", "weight is torch.float16"),
+        ("cpp", "cuda", "weight is torch.float16"),
+        ("triton", "cuda", "mixed_norm has no 'triton' form"),
+        ("cuda", "cuda", "mixed_norm has no 'cuda' form"),
+    ],
+)
+def test_unsupported_row_by_row_operator_names_the_field(name, device, says):
+    reason = unsupported_reason(name, OperatorCall("mixed_norm", device, {"x": F32, "weight": F16}))
+    assert reason is not None
+    assert says in reason
+
+
+def test_row_by_row_operator_on_another_device():
+    reason = unsupported_reason("cpp", OperatorCall("mixed_norm", "cuda", {"x": F32}))
+    assert reason == "its arguments are on 'cuda'; back-end 'cpp' runs on 'cpu'"
+    assert unsupported_reason("reference", OperatorCall("mixed_norm", "mps", {"x": F64})) is None
 
 
 def arguments() -> tuple[torch.Tensor, ...]:

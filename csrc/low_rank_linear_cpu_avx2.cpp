@@ -1,0 +1,19 @@
+// Kernels for AVX2 and FMA; run only where the processor has it.
+#if defined(__x86_64__)
+#include "low_rank_linear_cpu.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define CLP_ISA avx2
+#define CLP_WIDTH 8
+#define CLP_STREAM_ROWS 4
+#include "low_rank_linear_cpu_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

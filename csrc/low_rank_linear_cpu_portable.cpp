@@ -1,0 +1,7 @@
+// Kernels in the compiler's default instruction set (SSE2 on x86-64, NEON on aarch64).
+#include "low_rank_linear_cpu.h"
+
+#define CLP_ISA portable
+#define CLP_WIDTH 4
+#define CLP_STREAM_ROWS 4
+#include "low_rank_linear_cpu_kernels.h"

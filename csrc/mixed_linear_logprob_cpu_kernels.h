@@ -1,0 +1,31 @@
+// The kernels of mixed_linear_logprob for one instruction set. The including file has set the compiler's target and
+// defines CLP_ISA and CLP_WIDTH, as for mixed_linear_cpu_kernels.h; all but the table is internal for the same reason.
+
+#define CLP_JOIN_(a, b) a##b
+#define CLP_JOIN(a, b) CLP_JOIN_(a, b)
+
+namespace clp::logprob {
+namespace CLP_ISA {
+namespace {
+
+constexpr int kWidth = CLP_WIDTH;
+static_assert(kLogitLanes % kWidth == 0, "rows of logits are whole vectors");
+
+#include "mixed_linear_cpu_vector.h"
+
+#include "mixed_linear_logprob_cpu_math.h"
+
+#include "mixed_linear_logprob_cpu_rows.h"
+
+#include "mixed_linear_logprob_cpu_weights.h"
+
+}  // namespace
+}  // namespace CLP_ISA
+
+extern const LogprobKernels CLP_JOIN(logprob_kernels_, CLP_ISA);
+const LogprobKernels CLP_JOIN(logprob_kernels_, CLP_ISA) = {
+    CLP_ISA::mix,    CLP_ISA::forward,     CLP_ISA::backward, CLP_ISA::finish,
+    CLP_ISA::spread, CLP_ISA::sum_columns, CLP_ISA::sum_rows, CLP_ISA::weight_rows,
+    CLP_ISA::evaluate};
+
+}  // namespace clp::logprob

@@ -1,0 +1,77 @@
+"""The public low_rank_linear: a linear layer beside all K low-rank adapters in one, gated per row and rank.
+
+Shapes: M rows, D in, N out, R ranks (of all adapters together), S distinct weightings.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clp_kernels.arguments import autocast, flatten_low_rank_rows
+from clp_kernels.low_rank_linear_ops import low_rank_linear_fwd_op, low_rank_linear_op
+from clp_kernels.select import OperatorCall, resolve
+
+
+def low_rank_linear(
+    x: Tensor,
+    base: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_map: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute a linear layer plus its low-rank adapters, every rank under the row's own gate.
+
+    y = F.linear(x, base, bias) + ((x @ down.T) * gates) @ up.T  # gates: the row's own
+
+    K LoRA adapters are one call: `down = cat(A_k)`, `up = cat(B_k, dim=1)`, a row's gates c_k * scaling_k, each
+    repeated over adapter k's ranks. Panacea's shared singular values stand beside reward-scaled ones; PARM's bilinear
+    form has gates from its mixing matrix. Gates may have any value. A gate of zero multiplies: it does not hide a NaN.
+
+    Args:
+        x: [..., D] float32, bfloat16 or float16. Under autocast x alone is cast. float64 (every argument then) runs on
+            the reference back-end.
+        base: [N, D] in any of these dtypes, or None where the base term is a module's own forward (a quantised linear).
+            Weights that are not contiguous are copied in each call.
+        down: [R, D], in any of these dtypes (float32 beside a 16-bit base is the training default). R may be 0.
+        up: [N, R], likewise.
+        gates: float32. [R], or one row per leading index of x: [B, R], [B, T, R]; their leading sizes are a prefix of
+            x's. With `row_map`: [S, R].
+        bias: [N] or None.
+        row_map: int32 of shape x.shape[:-1], row of `gates` for each row of x; an expanded view will do.
+        backend: "reference", "cpp" or "auto"; None takes the surrounding `backend(...)` block's, else "auto". "triton"
+            and "cuda" have no form of this operator.
+
+    Returns:
+        [..., N] in x's dtype. Back-end "cpp" adds base and low-rank term in float32 and rounds once; the reference
+        rounds a 16-bit base term before (see `low_rank_linear_ref`), and with `base=None` so does the caller's sum.
+        Gradients for every floating argument that needs one, in its dtype, reduced in float32; saved for them beyond
+        the arguments is `x @ down.T`, [M, R] float32.
+
+    Raises:
+        ValueError: an argument that does not fit, by name, with the remedy; a back-end that does not take such ones.
+        RuntimeError: a back-end asked for by name that this process lacks.
+
+    Reference: LoRA, arXiv 2106.09685, equation 3; its conditioned forms: Panacea, arXiv 2402.02030.
+    """
+    x = autocast(x)
+    rows = flatten_low_rank_rows(x, base, down, up, gates, bias, row_map)
+    x_MD = rows.x_MD
+    floats = {"x": x, "base": base, "down": down, "up": up}
+    dtypes = {field: tensor.dtype for field, tensor in floats.items() if tensor is not None}
+    name = resolve(backend, OperatorCall("low_rank_linear", x.device.type, dtypes))
+    tensors = (x, base, down, up, gates, bias)
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    arguments = (x_MD, base, down, up, rows.c_SK, rows.row_map_M, bias)
+    # As in mixed_linear: an op without an autograd key where nothing needs a gradient, if possible the compiled one.
+    if needs_grad:
+        y_MN = low_rank_linear_op(*arguments, name)[0]
+    elif name == "cpp":
+        y_MN = torch.ops.clp.low_rank_linear_cpu_fwd.default(*arguments, False)[0]
+    else:
+        y_MN = low_rank_linear_fwd_op(*arguments, name)
+    return y_MN.view(*x.shape[:-1], up.shape[0])

@@ -1,0 +1,199 @@
+"""low_rank_linear as registered operators: fakes for torch.compile, autograd, and the way to each back-end's launcher.
+
+The compiled operators are declared in csrc/registration.cpp. Shapes: M rows, D in, N out, R ranks, S weightings.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from clp_kernels import extension
+
+_library = torch.library.Library("clp", "FRAGMENT")
+_INPUTS = "Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, Tensor row_map, Tensor? bias, str backend"
+_library.define(f"low_rank_linear({_INPUTS}) -> (Tensor y, Tensor shrink)")
+_library.define(f"low_rank_linear_fwd({_INPUTS}) -> Tensor")
+_library.define(
+    "low_rank_linear_backward(Tensor dy, Tensor shrink, Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, "
+    "Tensor row_map, bool needs_x, bool needs_base, bool needs_down, bool needs_up, bool needs_gates, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+low_rank_linear_op = torch.ops.clp.low_rank_linear.default  # with autograd; also returns x @ down.T
+low_rank_linear_fwd_op = torch.ops.clp.low_rank_linear_fwd.default  # the same values, no autograd key
+
+
+@functools.cache
+def _launcher(backend: str) -> ModuleType:
+    """Return a back-end's module with `forward` and `backward`, imported at its first call."""
+    return importlib.import_module(f"clp_kernels.low_rank_linear_{backend}")
+
+
+@torch.library.impl(_library, "low_rank_linear", "CompositeExplicitAutograd")
+def _forward(
+    x: Tensor,
+    base: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    row_map: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _launcher(backend).forward(x, base, down, up, gates, row_map, bias, True)
+
+
+@torch.library.impl(_library, "low_rank_linear_fwd", "CompositeExplicitAutograd")
+def _forward_only(
+    x: Tensor,
+    base: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    row_map: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return _launcher(backend).forward(x, base, down, up, gates, row_map, bias, False)[0]
+
+
+@torch.library.impl(_library, "low_rank_linear_backward", "CompositeExplicitAutograd")
+def _backward_op(
+    dy: Tensor,
+    shrink: Tensor,
+    x: Tensor,
+    base: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    row_map: Tensor,
+    needs_x: bool,
+    needs_base: bool,
+    needs_down: bool,
+    needs_up: bool,
+    needs_gates: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    needs = (needs_x, needs_base, needs_down, needs_up, needs_gates)
+    gradients = _launcher(backend).backward(dy, shrink, x, base, down, up, gates, row_map, needs)
+    # A schema cannot return Tensor?: an empty tensor stands for "not asked for".
+    inputs = (x, x if base is None else base, down, up, gates)
+    return tuple(t.new_empty(0) if g is None else g for g, t in zip(gradients, inputs, strict=True))
+
+
+@torch.library.register_fake("clp::low_rank_linear", lib=_library)
+def _forward_fake(
+    x: Tensor,
+    base: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    row_map: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], up.shape[0]), gates.new_empty(x.shape[0], down.shape[0])
+
+
+@torch.library.register_fake("clp::low_rank_linear_fwd", lib=_library)
+def _forward_only_fake(
+    x: Tensor,
+    base: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    row_map: Tensor,
+    bias: Tensor | None,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(x.shape[0], up.shape[0])
+
+
+def _compiled_forward_fake(
+    x: Tensor,
+    base: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    row_map: Tensor,
+    bias: Tensor | None,
+    keep_shrink: bool,
+) -> tuple[Tensor, Tensor]:
+    M, R = x.shape[0], down.shape[0]
+    return x.new_empty(M, up.shape[0]), gates.new_empty((M, R) if keep_shrink else (0,))
+
+
+if extension.missing_reason("cpu") is None:
+    torch.library.register_fake("clp::low_rank_linear_cpu_fwd", _compiled_forward_fake, lib=_library)
+
+
+@torch.library.register_fake("clp::low_rank_linear_backward", lib=_library)
+def _backward_fake(
+    dy: Tensor,
+    shrink: Tensor,
+    x: Tensor,
+    base: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    gates: Tensor,
+    row_map: Tensor,
+    needs_x: bool,
+    needs_base: bool,
+    needs_down: bool,
+    needs_up: bool,
+    needs_gates: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    inputs = (x, x if base is None else base, down, up, gates)
+    needs = (needs_x, needs_base, needs_down, needs_up, needs_gates)
+    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in zip(inputs, needs, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, base, down, up, gates, row_map, bias, backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    # References to the layer's own parameters and input, and the shrink; never the low-rank part of y.
+    ctx.save_for_backward(output[1], x, base, down, up, gates, row_map)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.backend = backend
+
+
+def _backward(ctx: Any, dy: Tensor | None, d_shrink: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    shrink, x, base, down, up, gates, row_map = ctx.saved_tensors
+    needs_x, needs_base, needs_down, needs_up, needs_gates, _, needs_bias, _ = ctx.needs_input_grad
+    dy = dy.contiguous()
+    needs = (needs_x, needs_base, needs_down, needs_up, needs_gates)
+    gradients: tuple[Tensor | None, ...] = (None,) * 5
+    if any(needs):
+        found = torch.ops.clp.low_rank_linear_backward(
+            dy, shrink, x, base, down, up, gates, row_map, *needs, ctx.backend
+        )
+        gradients = tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
+    d_bias = dy.sum(0, dtype=gates.dtype).to(ctx.bias_dtype) if needs_bias else None
+    return *gradients, None, d_bias, None
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "clp_kernels.low_rank_linear has no second derivative; call low_rank_linear_ref, which plain autograd "
+        "differentiates twice"
+    )
+
+
+def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+torch.library.register_autograd("clp::low_rank_linear", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "clp::low_rank_linear_backward", _double_backward, setup_context=_no_context, lib=_library
+)
