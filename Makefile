@@ -1,8 +1,9 @@
 # Every target sets up what it needs, once: a virtual environment in .venv with the versions of constraints.txt.
 #   make demo    train and sweep a steerable model on the embedded data   make install  the set-up alone
 #   make test    lint, types, tests                                       make lint     lint and types alone
-#   make bench   benchmarks on this machine                               make wheel-smoke  the wheel, in an empty venv
-#   make clean   remove what builds and tests left (not .venv, not runs)  make distclean    remove .venv too
+#   make bench   about 40 named benchmarks                                make bench-full   the product of all, by -k
+#   make wheel-smoke  the wheel, in an empty venv                         make distclean    clean, and remove .venv
+#   make clean   remove what builds and tests left (not .venv, not runs)
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,9 +20,9 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models demo test lint bench wheel-smoke clean distclean
+.PHONY: help install models demo test lint bench bench-full wheel-smoke clean distclean
 help:
-	@sed -n '2,5s/^#   //p' Makefile
+	@sed -n '2,6s/^#   //p' Makefile
 
 install: $(VENV)/.installed
 models: $(VENV)/.models
@@ -53,11 +54,17 @@ lint: install
 test: lint models
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-# addopts skips benchmarks in `make test`; this line is the same without that.
+# addopts skips benchmarks in `make test`; these lines are the same without that.
+BENCH := -m pytest bench/bench_*.py -o addopts="--import-mode=importlib --strict-markers" --benchmark-only
+
 bench: install
 	mkdir -p $(dir $(BENCH_JSON))
-	$(BIN)/python -m pytest bench/bench_*.py -o addopts="--import-mode=importlib --strict-markers" --benchmark-only \
-		--benchmark-json=$(BENCH_JSON) $(BENCH_FLAGS)
+	$(BIN)/python $(BENCH) --benchmark-json=$(BENCH_JSON) $(BENCH_FLAGS)
+
+bench-full: install
+	$(if $(findstring -k,$(BENCH_FLAGS)),,$(error the product takes weeks: choose with BENCH_FLAGS='-k "decode and K2"'))
+	mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/python $(BENCH) --suite full --compiled all --benchmark-json=$(BENCH_JSON) $(BENCH_FLAGS)
 
 wheel-smoke: install
 	PYTHON=$(BIN)/python bash tests/wheel_smoke.sh

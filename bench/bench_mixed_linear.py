@@ -1,279 +1,205 @@
-"""mixed_linear against everything that a user would write instead, forward and forward + backward.
+"""mixed_linear against all that a user would write instead, forward and forward + backward.
 
-Legend: x_MD rows, base_ND, deltas_NKD, c_SK, row_map_M; M rows, D in, N out, K copies, S distinct weightings.
-
-Every benchmark first compares its own output with float64 (`check` states the budget). One round is `calls_per_round`
-calls, over weight sets that together exceed twice the last-level cache where the regime is memory-bound. Before each
-round one round of plain F.linear on one premixed weight is timed: `ratio_to_plain` is the quotient of the two medians
-of the same run, 1.0 the ceiling of any method that reads one weight only.
+Legend: x_MD rows, base_ND, deltas_NKD, premixed_ND, c_SK, c_MK; M rows, D in, N out, K copies, S distinct weightings.
 """
 
-import functools
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from __future__ import annotations
 
-import pytest
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import clp_kernels
+from bench import targets
+from bench.cases import Case, product
+from bench.correctness import Answers, Part, expect, sample
+from bench.workload import CEILING, OURS, Call, Contender, Draw, Tensors, Workload, num_bytes, rotate
+from clp_kernels import available_backends, backend_for, mixed_linear, mixed_linear_ref
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-K = 2
-SECONDS_PER_BENCHMARK = 0.5
-MAX_WEIGHT_BYTES = 2**30
-F32, BF16 = torch.float32, torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Case:
-    """One workload. `rows`: M; `weightings`: S, in contiguous segments of M / S rows; `timing`: eager or graph."""
-
-    regime: str
-    rows: int
-    weightings: int
-    size: tuple[int, int]
-    x: torch.dtype
-    deltas: torch.dtype
-    backward: bool
-    timing: str
-
-    def __str__(self) -> str:
-        passes = "forward+backward" if self.backward else "forward"
-        dtypes = f"{self.x}/{self.deltas}".replace("torch.", "")
-        return f"{self.regime} M={self.rows} S={self.weightings} N,D={self.size} {dtypes} {passes} {self.timing}"
+MAX_PREMIXED = 64  # weightings up to which premixing in every call is a peer at all
+GEMM_ROWS = 512
+COMPILED = ("decode-f32-K2-M4", "sequences-f32-K2-M1024")  # with torch.compile of the two best peers
 
 
-def list_cases() -> list[Case]:
-    dtypes = [(F32, F32)] if DEVICE == "cpu" else [(BF16, BF16), (BF16, F32), (F32, F32)]
-    regimes = [("decode", 1, 1, False), ("decode", 16, 16, False), ("training", 1024, 4, False)]
-    regimes.append(("training", 1024, 4, True))
-    return [
-        Case(name, rows, weightings, size, x, deltas, backward, timing)
-        for x, deltas in dtypes
-        for size in ((576, 576), (2048, 2048))
-        for name, rows, weightings, backward in regimes
-        for timing in (("eager", "graph") if DEVICE == "cuda" and not backward else ("eager",))
+def test_mixed_linear(measured: Callable[[Workload], None], case: Case, device: str) -> None:
+    measured(build(case, device))
+
+
+def cases(suite: str, device: str) -> dict[str, Case]:
+    if suite == "tiny":
+        decode, train = Case(3, 48, 40, 2, 3), Case(24, 48, 40, 3, 4, "bf16", "f32", gradients="all")
+        return {"tiny-decode": decode, "tiny-train": train}
+    found = product() if suite == "full" else decode_cases() | rows_cases() | training_cases() | memory_cases()
+    if device == "cuda":  # launched from Python, and replayed from a CUDA graph
+        forward = {name: case for name, case in found.items() if case.gradients == "none"}
+        found |= {f"{name}-graph": replace(case, is_graph=True) for name, case in forward.items()}
+    return found
+
+
+def decode_cases() -> dict[str, Case]:
+    """Each row its own weighting, weights from memory: bound by reading every stream once."""
+    found = {
+        f"decode-{dtype}-K{K}-M{M}": Case(M, 2048, 2048, K, M, dtype, is_cold=True)
+        for dtype in ("f32", "bf16")
+        for K, M in ((2, 1), (2, 4), (3, 4), (4, 1), (4, 4))
+    }
+    one = Case(1, 2048, 2048, 2, 1, is_cold=True)
+    found["decode-folded-f32-K2-M1"] = replace(one, has_base=False)
+    found["decode-smollm2-f32-K2-M1"] = replace(one, N=576, D=576)
+    found["decode-bf16-f32deltas-K2-M1"] = replace(one, dtype="bf16", deltas="f32")
+    return found
+
+
+def rows_cases() -> dict[str, Case]:
+    """Many rows, each its own weighting: between the limits of memory and of arithmetic."""
+    settings = ((16, 2, "f32"), (64, 2, "f32"), (16, 4, "f32"), (16, 2, "bf16"), (64, 2, "bf16"))
+    return {f"rows-{d}-K{K}-M{M}": Case(M, 2048, 2048, K, M, d, is_cold=True) for M, K, d in settings}
+
+
+def training_cases() -> dict[str, Case]:
+    """Forward and backward to x and the deltas, under one weighting, and under one per sequence."""
+    settings = (
+        (512, 2048, 2, "f32"),
+        (512, 2048, 4, "f32"),
+        (512, 2048, 8, "f32"),
+        (2048, 2048, 2, "f32"),
+        (512, 4096, 2, "f32"),
+        (512, 2048, 2, "bf16"),
+        (512, 2048, 4, "bf16"),
+    )
+    found = {f"train-{d}-K{K}-M{M}-N{N}": Case(M, N, N, K, 1, d, gradients="all") for M, N, K, d in settings}
+    return found | {"sequences-f32-K2-M1024": Case(1024, 2048, 2048, 2, 8, gradients="all")}
+
+
+def memory_cases() -> dict[str, Case]:
+    """Weights of 128 MiB a stream: what a call allocates beside its results must not grow with them."""
+    return {
+        "memory-decode-f32-K2-M4": Case(4, 8192, 4096, 2, 4, is_cold=True),
+        "memory-train-f32-K2-M512": Case(512, 8192, 4096, 2, 1, gradients="all"),
+    }
+
+
+def goals(case: Case) -> tuple[targets.Target, ...]:
+    found = [targets.peak_at_most(4.0 * torch.get_num_threads())] if case.N * case.D >= 2**25 else []
+    stream_values = case.N * case.D
+    if case.gradients == "none" and case.S == case.M:
+        if case.M <= 4:
+            found.append(targets.READS_AT_BANDWIDTH)
+        else:
+            found.append(targets.near_binding_floor(2 * case.M * (case.K + case.has_base) * stream_values))
+            found.append(targets.faster_than_best_peer(1.3 if case.M == 16 else 1.0))
+    if case.gradients == "all" and case.S == 1:
+        extra_bytes = (3 * case.K - 1) * stream_values * case.deltas_dtype.itemsize
+        found.append(targets.plain_and_extra_bytes(extra_bytes))
+    if case.gradients == "all" and case.dtype == "f32" and case.K == 2 and case.S < case.M:
+        found.append(targets.at_most_times_plain(1.10 if case.S == 1 else 1.35))
+    return tuple(found)
+
+
+def build(case: Case, device: str) -> Workload:
+    draw, dtype, std = Draw(case, device), case.x_dtype, case.D**-0.5
+    shared = {"x": draw.normal(case.M, case.D, dtype=dtype), **draw.coefficients()}
+    dy_MN = draw.normal(case.M, case.N, dtype=dtype)
+    streams = {"deltas": draw.normal(case.N, case.K, case.D, dtype=case.deltas_dtype, std=std)}
+    premixed_ND = torch.einsum("k,nkd->nd", shared["c"][0], streams["deltas"].float())
+    if case.has_base:
+        streams["base"] = draw.normal(case.N, case.D, dtype=dtype, std=std)
+        premixed_ND += streams["base"]
+    buffer, sets = rotate(case, device, streams, {"premixed": premixed_ND.to(dtype)})
+    sets = [shared | tensors for tensors in sets]
+    return Workload(
+        case,
+        device,
+        sets,
+        contenders(case, device, sets[0]),
+        expected=lambda: answers(case, sets[0], dy_MN),
+        gradients=(dy_MN,),
+        streams=buffer,
+        stream_bytes=num_bytes(streams),
+        row_bytes=num_bytes({"x": shared["x"], "y": dy_MN}),
+        flops=2 * case.M * case.N * case.D * (1 if case.gradients == "none" else 3),
+        gemm=(draw.normal(GEMM_ROWS, case.D, dtype=dtype), sets[0]["premixed"].detach()),
+        targets=goals(case),
+    )
+
+
+def answers(case: Case, t: Tensors, dy_MN: Tensor) -> Answers:
+    """Sampled rows of y and of the gradient of x; sampled rows of the weights' gradients."""
+    rows, outs = sample(case.M, dy_MN.device), sample(case.N, dy_MN.device)
+    by_rows = t | {"x": t["x"][rows], "row_map": t["row_map"][rows]}
+    by_outs = t | {name: t[name][outs] for name in ("base", "deltas", "premixed") if name in t}
+    parts = [
+        Part(by_rows, (dy_MN[rows],), {"y": rows, "d_x": rows}),
+        Part(by_outs, (dy_MN[:, outs],), {"d_deltas": outs, "d_premixed": outs}),
     ]
+    mixing = Contender(
+        lambda t: mixed_linear_ref(t["x"], t.get("base"), t["deltas"], t["c"], row_map=t["row_map"]),
+        case.trained("x", "deltas"),
+    )
+    return expect({"mix": mixing, CEILING: Contender(plain, case.trained("x", "premixed"))}, parts)
 
 
-@dataclass
-class Weights:
-    """One layer's parameters, and one weight premixed by the first weighting for the plain product."""
-
-    base_ND: Tensor
-    deltas_NKD: Tensor
-    premixed_ND: Tensor
-
-
-@dataclass
-class Workload:
-    case: Case
-    x_MD: Tensor
-    c_SK: Tensor
-    row_map_M: Tensor
-    dy_MN: Tensor
-    sets: list[Weights]
+def contenders(case: Case, device: str, tensors: Tensors) -> dict[str, Contender]:
+    calls: dict[str, Call] = {OURS: ours("auto"), "streams": streams, "concat": concat, "einsum": einsum}
+    if case.S <= MAX_PREMIXED:
+        calls["premix"] = premix(case)
+    if device == "cuda":  # on a CPU the reference is `concat`, and "auto" is the C++ kernel
+        missing = available_backends()
+        arguments = (tensors["x"], tensors.get("base"), tensors["deltas"], tensors["c"])
+        others = missing.keys() - {"cpp", backend_for(*arguments, row_map=tensors["row_map"])}
+        calls |= {f"{OURS}-{name}": ours(name) for name in sorted(others) if missing[name] is None}
+    found = {name: Contender(call, case.trained("x", "deltas")) for name, call in calls.items()}
+    return found | {CEILING: Contender(plain, case.trained("x", "premixed"), CEILING)}
 
 
-def last_level_cache_bytes() -> int:
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_properties(0).L2_cache_size
-    units = {"K": 2**10, "M": 2**20}
-    texts = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(text[:-1]) * units[text[-1]] for text in texts), default=32 * 2**20)
+def ours(backend: str) -> Call:
+    def call(t: Tensors) -> Tensor:
+        return mixed_linear(t["x"], t.get("base"), t["deltas"], t["c"], row_map=t["row_map"], backend=backend)
+
+    return call
 
 
-def set_bytes(case: Case) -> int:
-    return case.size[0] * case.size[1] * (case.x.itemsize + K * case.deltas.itemsize)
+def plain(t: Tensors) -> Tensor:
+    """F.linear on one premixed weight: another result, the ceiling."""
+    return F.linear(t["x"], t["premixed"])
 
 
-@functools.lru_cache(maxsize=1)  # cases are grouped by workload: one at a time keeps memory bounded
-def make_workload(case: Case) -> Workload:
-    generator = torch.Generator().manual_seed(0)
-    N, D = case.size
-    segment = case.rows // case.weightings
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(DEVICE)
-
-    num_sets = 1
-    if case.regime == "decode":
-        wanted = -(-2 * last_level_cache_bytes() // (N * D * case.x.itemsize))
-        num_sets = max(1, min(wanted, MAX_WEIGHT_BYTES // set_bytes(case)))
-    c_SK = torch.rand((case.weightings, K), generator=generator).to(DEVICE)
-    base, deltas = normal(N, D).div(D**0.5), normal(N, K, D).div(D**0.5)
-    sets = []
-    for _ in range(num_sets):
-        premixed = base + torch.einsum("k,nkd->nd", c_SK[0], deltas)
-        weights = Weights(base.to(case.x, copy=True), deltas.to(case.deltas, copy=True), premixed.to(case.x))
-        weights.deltas_NKD.requires_grad_(case.backward)
-        weights.premixed_ND.requires_grad_(case.backward)
-        sets.append(weights)
-    row_map_M = torch.arange(case.weightings, dtype=torch.int32, device=DEVICE).repeat_interleave(segment)
-    x_MD = normal(case.rows, D).to(case.x).requires_grad_(case.backward)
-    return Workload(case, x_MD, c_SK, row_map_M, normal(case.rows, N).to(case.x), sets)
-
-
-def streams(work: Workload, weights: Weights) -> Tensor:
+def streams(t: Tensors) -> Tensor:
     """F.linear per stream, then the weighted sum."""
-    c_MK = work.c_SK[work.row_map_M].to(work.x_MD.dtype)
-    y_MN = F.linear(work.x_MD, weights.base_ND)
-    for k in range(K):
-        y_MN = y_MN + c_MK[:, k : k + 1] * F.linear(work.x_MD, weights.deltas_NKD[:, k].to(work.x_MD.dtype))
-    return y_MN
+    x_MD, c_MK = t["x"], t["c_rows"]
+    parts = [F.linear(x_MD, t["base"])] if "base" in t else []
+    for k, copy_ND in enumerate(t["deltas"].to(x_MD.dtype).unbind(1)):
+        parts.append(c_MK[:, k : k + 1] * F.linear(x_MD, copy_ND))
+    return functools.reduce(torch.add, parts)
 
 
-def premix(work: Workload, weights: Weights) -> Tensor:
+def premix(case: Case) -> Call:
     """One mixed weight per weighting, made in every call, then F.linear on its segment of rows."""
-    segments = work.x_MD.chunk(work.case.weightings)
-    outputs = []
-    for x_segment, c_K in zip(segments, work.c_SK, strict=True):
-        mixed_ND = weights.base_ND + torch.einsum("k,nkd->nd", c_K, weights.deltas_NKD.float()).to(work.x_MD.dtype)
-        outputs.append(F.linear(x_segment, mixed_ND))
-    return torch.cat(outputs)
+
+    def call(t: Tensors) -> Tensor:
+        outputs = []
+        for c_K, rows in zip(t["c"], case.segments, strict=True):
+            mixed_ND = torch.einsum("k,nkd->nd", c_K.to(t["deltas"].dtype), t["deltas"]).to(t["x"].dtype)
+            outputs.append(F.linear(t["x"][rows], t["base"] + mixed_ND if "base" in t else mixed_ND))
+        return torch.cat(outputs)
+
+    return call
 
 
-def concat(work: Workload, weights: Weights) -> Tensor:
+def concat(t: Tensors) -> Tensor:
     """The K-concatenated GEMM on c (x) x."""
-    c_MK = work.c_SK[work.row_map_M].to(work.x_MD.dtype)
-    wide_x = (c_MK[:, :, None] * work.x_MD[:, None, :]).flatten(1)
-    wide_weight = weights.deltas_NKD.flatten(1).to(work.x_MD.dtype)
-    return F.linear(work.x_MD, weights.base_ND) + F.linear(wide_x, wide_weight)
+    wide_x = (t["c_rows"][:, :, None] * t["x"][:, None, :]).flatten(1)
+    return _beside_base(t, F.linear(wide_x, t["deltas"].flatten(1).to(t["x"].dtype)))
 
 
-def plain(work: Workload, weights: Weights) -> Tensor:
-    """F.linear on one premixed weight: another result, the ceiling of the speed."""
-    return F.linear(work.x_MD, weights.premixed_ND)
+def einsum(t: Tensors) -> Tensor:
+    """All copies' outputs in one einsum, and a second one over the copies."""
+    z_MNK = torch.einsum("md,nkd->mnk", t["x"], t["deltas"].to(t["x"].dtype))
+    return _beside_base(t, torch.einsum("mnk,mk->mn", z_MNK, t["c_rows"]))
 
 
-def by_backend(name: str) -> Callable[[Workload, Weights], Tensor]:
-    def mixed_linear(work: Workload, weights: Weights) -> Tensor:
-        arguments = (work.x_MD, weights.base_ND, weights.deltas_NKD, work.c_SK)
-        return clp_kernels.mixed_linear(*arguments, row_map=work.row_map_M, backend=name)
-
-    return mixed_linear
-
-
-def list_contenders() -> dict[str, Callable[[Workload, Weights], Tensor]]:
-    names = [name for name, missing in clp_kernels.available_backends().items() if missing is None]
-    ours = [name for name in names if name not in (("cpp",) if DEVICE == "cuda" else ("triton", "cuda"))]
-    peers = {"plain": plain, "streams": streams, "premix": premix, "concat": concat}
-    return {**peers, **{f"mixed_linear-{name}": by_backend(name) for name in ours}}
-
-
-CONTENDERS = list_contenders()
-
-
-def run(contender: Callable[[Workload, Weights], Tensor], work: Workload, weights: Weights) -> dict[str, Tensor]:
-    """Runs one call and, in a backward case, the gradients to x and to the trained weight."""
-    y_MN = contender(work, weights)
-    if not work.case.backward:
-        return {"y": y_MN}
-    trained = weights.premixed_ND if contender is plain else weights.deltas_NKD
-    dx_MD, d_trained = torch.autograd.grad(y_MN, (work.x_MD, trained), work.dy_MN)
-    return {"y": y_MN.detach(), "dx": dx_MD, "d_trained": d_trained}
-
-
-def in_float64(work: Workload) -> Workload:
-    def widen(tensor: Tensor) -> Tensor:
-        return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-    first = work.sets[0]
-    sets = [Weights(widen(first.base_ND), widen(first.deltas_NKD), widen(first.premixed_ND))]
-    return Workload(work.case, widen(work.x_MD), work.c_SK.double(), work.row_map_M, work.dy_MN.double(), sets)
-
-
-@functools.lru_cache(maxsize=2)
-def exact_and_own_error(case: Case, is_plain: bool) -> dict[str, tuple[Tensor, float]]:
-    """float64 results and the error that torch's own composition makes in the case's dtype."""
-    work = make_workload(case)
-    contender = plain if is_plain else streams
-    wide = in_float64(work)
-    exact, own = run(contender, wide, wide.sets[0]), run(contender, work, work.sets[0])
-    return {name: (value, (own[name].double() - value).abs().max().item()) for name, value in exact.items()}
-
-
-def check(name: str, work: Workload) -> None:
-    """Asserts at most twice torch's own error and one unit in the last place of the largest result."""
-    expected = exact_and_own_error(work.case, name == "plain")
-    for output, value in run(CONTENDERS[name], work, work.sets[0]).items():
-        exact, own = expected[output]
-        error = (value.double() - exact).abs().max().item()
-        budget = 2 * own + torch.finfo(value.dtype).eps * exact.abs().max().item()
-        assert error <= budget, f"{name} {output}: error {error:.3e}, budget {budget:.3e}"
-
-
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def make_round(name: str, work: Workload, calls: int) -> Callable[[], None]:
-    """Returns a function that makes `calls` calls over the weight sets in turn and waits for the device."""
-
-    def round_of_calls() -> None:
-        for index in range(calls):
-            run(CONTENDERS[name], work, work.sets[index % len(work.sets)])
-
-    issue: Callable[[], None] = round_of_calls
-    if work.case.timing == "graph":
-        with torch.no_grad():
-            round_of_calls()  # compiles and allocates outside of the capture
-            synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                round_of_calls()
-        issue = graph.replay
-
-    def timed() -> None:
-        issue()
-        synchronize()
-
-    return timed
-
-
-def seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-@pytest.mark.parametrize("name", CONTENDERS)
-@pytest.mark.parametrize("case", list_cases(), ids=str)
-def test_mixed_linear(benchmark: Any, case: Case, name: str) -> None:
-    benchmark.group, benchmark.name = f"mixed_linear {case}", name
-    work = make_workload(case)
-    check(name, work)
-    calls = max(len(work.sets), 20 if DEVICE == "cuda" else 1)
-    contender, plain_round = make_round(name, work, calls), make_round("plain", work, calls)
-    synchronize()
-    cost = seconds(contender) + seconds(plain_round)  # the warm-up of both
-    plain_times: list[float] = []
-    benchmark.pedantic(
-        contender,
-        setup=lambda: plain_times.append(seconds(plain_round)),
-        rounds=max(3, min(50, int(SECONDS_PER_BENCHMARK / cost))),
-    )
-    median = benchmark.stats.stats.median
-    per_call = median / calls
-    M, (N, D) = case.rows, case.size
-    weight_bytes = N * D * case.x.itemsize if name == "plain" else set_bytes(case)
-    bytes_moved = weight_bytes + M * (N + D) * case.x.itemsize
-    flops = 2 * M * N * D * (3 if case.backward else 1)
-    benchmark.extra_info.update(
-        calls_per_round=calls,
-        time_us=1e6 * per_call,
-        ratio_to_plain=median / statistics.median(plain_times),
-        bytes=bytes_moved,
-        gigabytes_per_s=bytes_moved / per_call / 1e9 if not case.backward else None,
-        flops=flops,  # of the product with one mixed weight: what the task needs, whatever the method spends
-        gigaflops_per_s=flops / per_call / 1e9,
-        weight_sets=len(work.sets),
-        cache_resident=N * D * case.x.itemsize * len(work.sets) < 2 * last_level_cache_bytes(),
-    )
+def _beside_base(t: Tensors, y_MN: Tensor) -> Tensor:
+    return F.linear(t["x"], t["base"]) + y_MN if "base" in t else y_MN

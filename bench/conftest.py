@@ -1,57 +1,102 @@
-"""What every benchmark file records about the machine: processor, caches, versions, GPU and driver."""
+"""The suite's options, the choice of cases, and what every JSON file records about the machine."""
+
+from __future__ import annotations
 
 import shutil
-import subprocess
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
-FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+from bench import machine
+from bench.measure import measure
+from bench.memory import measure_peak
+from bench.report import format_case
+from bench.workload import Workload
 
 
-def cpu_facts() -> dict[str, Any]:
-    facts: dict[str, Any] = {"threads": torch.get_num_threads()}
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines() if ":" in line)
-        fields = {key.strip(): value.strip() for key, value in lines.items()}
-        facts["model"] = fields.get("model name", "unknown")
-        facts["flags"] = [flag for flag in FLAGS if flag in fields.get("flags", "").split()]
-    caches = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
-    facts["caches"] = {
-        f"L{(cache / 'level').read_text().strip()} {(cache / 'type').read_text().strip()}": (
-            (cache / "size").read_text().strip()
-        )
-        for cache in caches
-    }
-    return facts
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench")
+    group.addoption("--suite", choices=("named", "full", "tiny"), default="named", help="which cases (default: named)")
+    group.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where torch sees a GPU")
+    group.addoption("--seconds", type=float, default=2.0, help="time for one case's rounds (default: 2)")
+    group.addoption(
+        "--compiled",
+        choices=("listed", "all", "none"),
+        default="listed",
+        help="cases that time torch.compile of the two best peers: those listed for it where a C++ compiler is "
+        "found (default), all, or none",
+    )
 
 
-def gpu_facts() -> dict[str, Any] | None:
-    if not torch.cuda.is_available():
-        return None
-    properties = torch.cuda.get_device_properties(0)
-    facts: dict[str, Any] = {
-        "name": properties.name,
-        "capability": f"{properties.major}.{properties.minor}",
-        "l2_bytes": properties.L2_cache_size,
-        "cuda": torch.version.cuda,
-    }
-    smi = shutil.which("nvidia-smi")
-    if smi is not None:
-        query = [smi, "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader", "--id=0"]
-        done = subprocess.run(query, capture_output=True, text=True, check=False)
-        facts["driver_and_clocks"] = done.stdout.strip()
-    return facts
+def chosen_device(config: pytest.Config) -> str:
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info["cpu"] = cpu_facts()
-    machine_info["gpu"] = gpu_facts()
-    machine_info["torch"] = torch.__version__
-    if find_spec("triton") is not None:
-        import triton
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return machine.describe()
 
-        machine_info["triton"] = triton.__version__
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a module's test its cases: `cases(suite, device)`, name -> case."""
+    if "case" in metafunc.fixturenames:
+        config = metafunc.config
+        cases = metafunc.module.cases(config.getoption("--suite"), chosen_device(config))
+        metafunc.parametrize("case", list(cases.values()), ids=list(cases))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_profiler() -> None:
+    """The profiler's first use allocates; the memory of a later one is the call's alone."""
+    measure_peak(lambda: {"y": torch.ones(1)}, "cpu")
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    return chosen_device(request.config)
+
+
+@pytest.fixture
+def measured(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[Workload], None]:
+    """A function that measures a workload under this test's id and prints its lines at once."""
+    config, module, name = request.config, request.node.module, request.node.callspec.id
+    # Compiling takes a minute a case: only where it is listed and can work, or where it is asked for.
+    has_compiler = any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++"))
+    is_listed = has_compiler and name in getattr(module, "COMPILED", ())
+    with_compiled = {"listed": is_listed, "all": True, "none": False}[config.getoption("--compiled")]
+
+    def run(work: Workload) -> None:
+        benchmark.group, benchmark.name = request.path.stem.removeprefix("bench_"), name
+        measure(benchmark, work, config.getoption("--seconds"), with_compiled)
+        with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print("\n" + "\n".join(format_case(name, benchmark.extra_info)))
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    verdicts = [
+        target["verdict"].split()[0]
+        for done in (session.benchmarks if session else [])
+        for target in done.extra_info.get("targets", ())
+    ]
+    if verdicts:
+        counts = ", ".join(f"{verdicts.count(word)} {word}" for word in ("PASS", "MISS", "NOT") if word in verdicts)
+        terminalreporter.write_line(f"targets: {counts} (NOT: not measured; each is printed with its case)")
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.pop("node", None)  # the host's name says nothing about the figures
+    machine_info.update(machine.facts(), device=chosen_device(config))
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
+    commit_info["suite"] = config.getoption("--suite")
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Drop the single rounds' times: medians and quartiles stay, and the file stays small enough to commit."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)

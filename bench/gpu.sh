@@ -69,7 +69,7 @@ part build "$PYTHON" -m pip install --verbose --no-index --no-build-isolation --
 part backends check_backends
 pytest=("$PYTHON" -m pytest -o "addopts=--import-mode=importlib --strict-markers" -p no:cacheprovider)
 part tests "${pytest[@]}" tests/clp_kernels --benchmark-skip -rs --junitxml="$results/tests.xml"
-part benchmarks "${pytest[@]}" bench/bench_*.py --benchmark-only --benchmark-json="$results/benchmarks.json"
+part benchmarks "${pytest[@]}" bench/bench_*.py --device cuda --benchmark-only --benchmark-json="$results/benchmarks.json"
 rm -rf "$results/.venv"
 echo "results in $results"
 exit "$failed"

@@ -1,0 +1,1 @@
+"""The benchmark suite: one benchmark per case, all peers interleaved in it. See bench/README.md."""

@@ -1,0 +1,204 @@
+"""One case's measurement: correctness, memory, then every contender and both limits in interleaved rounds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import rooflines
+from bench.correctness import Answers, check
+from bench.memory import measure_peak
+from bench.report import describe_case
+from bench.workload import CEILING, OURS, Contender, Workload, clear_gradients, run, synchronize
+
+MIN_ROUND_S = 2e-4  # shorter rounds are mostly the clock's
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
+SLOW_S = 1.0  # 3 rounds have to do where one of ours, ceiling and limits takes longer; 1 of a peer that slow
+LONG_CALL_S = 2.0  # a first call this long is its own warm-up
+
+
+@dataclass
+class Figures:
+    """What was measured. Seconds of each round by contender or limit; the others by contender."""
+
+    calls: int
+    rounds: dict[str, list[float]]
+    peaks_mib: dict[str, dict[str, float]]
+    error_shares: dict[str, float]
+    read_bytes: int
+
+    def seconds(self, name: str) -> float:
+        return statistics.median(self.rounds[name])
+
+
+def measure(benchmark: Any, work: Workload, budget_s: float, with_compiled: bool) -> None:
+    """Check, then time all contenders of `work`, and fill the benchmark's extra_info.
+
+    pytest-benchmark's own statistics are those of rounds of ours.
+    """
+    expected = work.expected()
+    costs, shares = {}, {}
+    for name, contender in work.contenders.items():
+        costs[name], shares[name] = _prove(work, name, contender, expected)
+    peaks = {name: _peak(work, work.contenders[name]) for name in (OURS, CEILING)}
+    if with_compiled:
+        for name, contender in _compiled_peers(work, costs).items():
+            work.contenders[name] = contender
+            _run_first(work, contender, work.gradients)  # compiles
+            costs[name], shares[name] = _prove(work, name, contender, expected)
+    del expected
+    calls = work.calls or len(work.sets) * (int(MIN_ROUND_S / costs[CEILING] / len(work.sets)) + 1)
+    buffer = _read_buffer(work)
+    plan = _plan(work, calls, buffer, costs, budget_s)
+    order = iter(range(plan.rounds))
+    benchmark.pedantic(plan.functions[OURS], setup=lambda: plan.run_others(next(order)), rounds=plan.rounds)
+    plan.seconds[OURS] = [benchmark.stats.stats.median]
+    figures = Figures(calls, plan.seconds, peaks, shares, buffer.numel() * buffer.element_size())
+    benchmark.extra_info.update(describe_case(work, figures))
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def _run_first(work: Workload, contender: Contender, gradients: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
+    """One call, on the first weight set."""
+    with work.mode():
+        outputs = run(contender, work.sets[0], work.outputs, gradients)
+    synchronize(work.device)
+    return outputs
+
+
+def _prove(work: Workload, name: str, contender: Contender, expected: Answers) -> tuple[float, float]:
+    """Check one contender; return the seconds of a call, warm unless it is long, and its error over its budget."""
+    start = time.perf_counter()
+    outputs = _run_first(work, contender, work.check_gradients or work.gradients)
+    cost = time.perf_counter() - start
+    share = check(name, outputs, expected[contender.answers], work.case.x_dtype)
+    del outputs
+    if cost < LONG_CALL_S:
+        cost = min(seconds_of(lambda: _run_first(work, contender, work.gradients)) for _ in range(2))
+    clear_gradients(contender, work.sets)
+    return cost, share
+
+
+def _peak(work: Workload, contender: Contender) -> dict[str, float]:
+    """The peak memory of a second call: the first one may set up caches that stay."""
+    peak = measure_peak(lambda: _run_first(work, contender, work.gradients), work.device)
+    clear_gradients(contender, work.sets)
+    return peak
+
+
+def _compiled_peers(work: Workload, costs: dict[str, float]) -> dict[str, Contender]:
+    """torch.compile of the two fastest peers, each new in dynamo's eyes."""
+    torch.compiler.reset()
+    best = sorted(work.mixing_peers, key=lambda name: costs[name])[:2]
+    peers = {name: work.contenders[name] for name in best}
+    return {
+        f"compiled-{name}": Contender(torch.compile(peer.call, dynamic=False), peer.trained, peer.answers)
+        for name, peer in peers.items()
+    }
+
+
+@dataclass
+class Plan:
+    """What is timed: functions that make one round each; a slow one takes part in every `strides[name]`-th only.
+
+    clear: frees the gradients that a round left, outside of its time. Two sets of a head's would not fit.
+    """
+
+    rounds: int
+    functions: dict[str, Callable[[], object]]
+    strides: dict[str, int]
+    clear: Callable[[str], None] = lambda _: None
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def run_others(self, index: int) -> None:
+        """Time round `index` of everything but ours, in an order that rotates."""
+        names = [name for name in self.functions if name != OURS]
+        self.clear(OURS)
+        begin = index % max(1, len(names))
+        for name in names[begin:] + names[:begin]:
+            if index % self.strides[name] == 0:
+                self.seconds.setdefault(name, []).append(seconds_of(self.functions[name]))
+                self.clear(name)
+
+
+def _plan(work: Workload, calls: int, buffer: Tensor, costs: dict[str, float], budget_s: float) -> Plan:
+    """Half of the time for ours, the ceiling and the reads, which take part in every round; half for the others."""
+    costs = {name: calls * cost for name, cost in costs.items()}
+    functions = _limit_rounds(work, buffer)
+    functions |= {name: _make_round(work, contender, calls) for name, contender in work.contenders.items()}
+
+    def clear(name: str) -> None:
+        if name in work.contenders:
+            clear_gradients(work.contenders[name], work.sets)
+
+    for name, function in functions.items():
+        if costs.get(name, 0.0) < LONG_CALL_S:  # a round touches every weight set: on fewer they were in the cache
+            costs[name] = seconds_of(function)
+            clear(name)
+    always = [name for name in functions if name in (OURS, CEILING) or name.startswith("read-")]
+    round_s = sum(costs[name] for name in always)
+    rounds = 3 if round_s > SLOW_S else max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / 2 / round_s)))
+    others_share_s = budget_s / 2 / max(1, len(functions) - len(always))
+    strides = dict.fromkeys(functions, 1)
+    for name in functions.keys() - always:
+        wanted = int(costs[name] * rounds / others_share_s) + 1
+        strides[name] = rounds if costs[name] > SLOW_S else min(wanted, max(1, rounds // 3))
+    return Plan(rounds, functions, strides, clear)
+
+
+def _make_round(work: Workload, contender: Contender, calls: int) -> Callable[[], object]:
+    """Return a function that makes `calls` calls over the weight sets in turn and waits for the device."""
+    sets, outputs, gradients, mode = work.sets, work.outputs, work.gradients, work.mode
+
+    def issue() -> None:
+        with mode():
+            for index in range(calls):
+                run(contender, sets[index % len(sets)], outputs, gradients)
+
+    replay: Callable[[], None] = issue
+    if work.case.is_graph:
+        issue()  # compiles and allocates outside of the capture
+        synchronize(work.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            issue()
+        replay = graph.replay
+
+    def timed() -> None:
+        replay()
+        synchronize(work.device)
+
+    return timed
+
+
+def _limit_rounds(work: Workload, buffer: Tensor) -> dict[str, Callable[[], object]]:
+    """One pass of each read kernel over the rotation, and one GEMM."""
+    limits = rooflines.read_kernels(buffer)
+    if work.gemm is not None:
+        limits["gemm"] = rooflines.gemm(*work.gemm)
+
+    def waiting(function: Callable[[], object]) -> Callable[[], object]:
+        def call() -> None:
+            function()
+            synchronize(work.device)
+
+        return call
+
+    return {name: waiting(function) for name, function in limits.items()}
+
+
+def _read_buffer(work: Workload) -> Tensor:
+    if work.streams is None or work.is_cache_resident:
+        return rooflines.cold_buffer(work.device)
+    return work.streams

@@ -1,0 +1,81 @@
+"""Peak memory of one call above what it returns: by torch's allocator, and by the resident set."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+MIB = 2**20
+
+
+def measure_peak(call: Callable[[], dict[str, Tensor]], device: str) -> dict[str, float]:
+    """Run `call` once; return its peak in MiB above the memory before it and above what it returns.
+
+    "allocator": from the allocator's own events (CUDA: its statistics). "resident": from the kernel's high-water mark
+    of the resident set, which also sees what bypasses torch; on a CPU, where the mark can be reset.
+    """
+    gc.collect()
+    if device == "cuda":
+        return {"allocator": _measure_cuda(call)}
+    _trim_heap()
+    can_reset = _reset_high_water()
+    before = _resident_bytes("VmRSS")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+    high_water, returned = _resident_bytes("VmHWM"), _num_bytes(result)
+    peaks = {"allocator": (_peak_of_events(profiler) - returned) / MIB}
+    return peaks | ({"resident": (high_water - before - returned) / MIB} if can_reset else {})
+
+
+def _num_bytes(result: dict[str, Tensor]) -> int:
+    return sum(value.untyped_storage().nbytes() for value in result.values())
+
+
+def _measure_cuda(call: Callable[[], dict[str, Tensor]]) -> float:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before - _num_bytes(result)) / MIB
+
+
+def _peak_of_events(profiler: profile) -> int:
+    """The largest running sum of allocations and (negative) frees, in time's order."""
+    recorded: Any = profiler.profiler
+    events = recorded.kineto_results.events()
+    changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
+    total = peak = 0
+    for _, num_bytes in sorted(changes, key=lambda change: change[0]):
+        total += num_bytes
+        peak = max(peak, total)
+    return peak
+
+
+def _trim_heap() -> None:
+    """Return free heap pages to the system: reused ones would not count as new."""
+    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def _reset_high_water() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident_bytes(field: str) -> int:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":")), 0)

@@ -1,0 +1,39 @@
+"""The two limits that every figure is set beside, measured in the same rounds: a read of memory and torch's GEMM."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.machine import last_level_cache_bytes
+
+READ_ROW = 4096
+
+
+def read_kernels(streams: Tensor) -> dict[str, Callable[[], object]]:
+    """Reads of a byte buffer with torch's threads; the fastest in a run is its read bandwidth.
+
+    Neither is bound by arithmetic: on 2 Zen 3 cores (128 MiB, AVX2) sum reads 30 GB/s, as int64 and int8 maxima do,
+    mv 22; on one core 19 and 21. A plain AVX2 loop in C read 26 and 18 there.
+    """
+    floats = streams[: streams.numel() // (4 * READ_ROW) * 4 * READ_ROW].view(torch.float32)
+    if floats.numel() == 0:
+        return {"read-sum": streams.sum}
+    ones = torch.ones(READ_ROW, device=streams.device)
+    return {"read-sum": floats.sum, "read-mv": lambda: torch.mv(floats.view(-1, READ_ROW), ones)}
+
+
+@functools.cache
+def cold_buffer(device: str) -> Tensor:
+    """Twice the last-level cache, for the read bandwidth of cases whose own weights are fewer."""
+    num_floats = 2 * last_level_cache_bytes(device) // 4
+    return torch.ones(num_floats, device=device).view(torch.uint8)
+
+
+def gemm(x_MD: Tensor, w_ND: Tensor) -> Callable[[], object]:
+    """torch's GEMM, whose rate stands for the arithmetic limit."""
+    return lambda: F.linear(x_MD, w_ND)

@@ -1,0 +1,90 @@
+"""Speed and memory goals, shown beside what a run measured. Nothing fails by them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Info = Mapping[str, Any]  # a benchmark's extra_info
+
+
+@dataclass(frozen=True)
+class Target:
+    """value at most (or, `at_least`, at least) limit."""
+
+    text: str
+    value: Callable[[Info], float]
+    limit: Callable[[Info], float]
+    at_least: bool = False
+
+    def judge(self, info: Info) -> dict[str, Any]:
+        try:
+            value, limit = self.value(info), self.limit(info)
+        except KeyError as missing:
+            return {"text": self.text, "verdict": f"NOT MEASURED ({missing.args[0]} is not there)"}
+        verdict = "PASS" if (value >= limit if self.at_least else value <= limit) else "MISS"
+        return {"text": self.text, "value": value, "limit": limit, "at_least": self.at_least, "verdict": verdict}
+
+
+def format_verdict(verdict: Info) -> str:
+    if "value" not in verdict:
+        return f"{verdict['verdict']}  {verdict['text']}"
+    sign = ">=" if verdict["at_least"] else "<="
+    return f"{verdict['verdict']}  {verdict['text']}: {verdict['value']:.3g}, wanted {sign} {verdict['limit']:.3g}"
+
+
+def _ours_s(info: Info) -> float:
+    return info["median_us"]["ours"] / 1e6
+
+
+def _read_s(info: Info, num_bytes: int) -> float:
+    return num_bytes / info["read_gigabytes_per_s"] / 1e9
+
+
+# Peers are charged the same bytes, so this implies a lead of 0.95 x (0.90 read bandwidth / theirs) over each of them.
+READS_AT_BANDWIDTH = Target(
+    "GB/s / same-bytes read's",
+    lambda i: i["gigabytes_per_s"] / i["read_gigabytes_per_s"],
+    lambda _: 0.90,
+    at_least=True,
+)
+
+
+def at_most_times_plain(factor: float) -> Target:
+    return Target("time / plain", lambda i: i["ratio_to_ceiling"]["ours"], lambda _: factor)
+
+
+def faster_than(peer: str, factor: float) -> Target:
+    return Target(f"{peer} time / ours", lambda i: i["peer_time_over_ours"][peer], lambda _: factor, at_least=True)
+
+
+def faster_than_best_peer(factor: float) -> Target:
+    best = "best peer's time / ours"
+    return Target(best, lambda i: min(i["peer_time_over_ours"].values()), lambda _: factor, at_least=True)
+
+
+def near_binding_floor(gemm_flops: int, factor: float = 1.2) -> Target:
+    """Time at most `factor` times the larger of reading every stream once and doing every product at torch's rate."""
+
+    def floor_s(info: Info) -> float:
+        return max(_read_s(info, info["stream_bytes"]), gemm_flops / info["gemm_gigaflops_per_s"] / 1e9)
+
+    return Target("time / max(read, GEMM) floor", lambda i: _ours_s(i) / floor_s(i), lambda _: factor)
+
+
+def plain_and_extra_bytes(extra_bytes: int) -> Target:
+    """Time in ms: 1.06 plain + 1.1 times the reading of what a plain layer does not touch."""
+    return Target(
+        "ms against 1.06 plain + 1.1 extra bytes",
+        lambda i: 1e3 * _ours_s(i),
+        lambda i: 1e3 * (1.06 * i["median_us"]["plain"] / 1e6 + 1.1 * _read_s(i, extra_bytes)),
+    )
+
+
+def peak_at_most(mib: float) -> Target:
+    return Target("peak extra MiB", lambda i: max(i["peak_mib_above_results"]["ours"].values()), lambda _: mib)
+
+
+def overhead_at_most(microseconds: float) -> Target:
+    return Target("us above plain", lambda i: i["median_us"]["ours"] - i["median_us"]["plain"], lambda _: microseconds)

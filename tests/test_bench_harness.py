@@ -1,0 +1,111 @@
+"""The benchmark suite refuses wrong outputs, sees memory, and runs every module's tiny cases."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench.cases import Case
+from bench.correctness import Expected, Part, check, expect, sample
+from bench.measure import Plan
+from bench.memory import measure_peak
+from bench.targets import READS_AT_BANDWIDTH, faster_than
+from bench.workload import Contender, make_rotation
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("name", ["ours", "a peer"])
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_a_wrong_output_fails(name: str, wrong: float) -> None:
+    exact = torch.linspace(0, 1, 7, dtype=torch.float64)
+    own = exact.float()
+    expected = {"y": Expected(slice(None), exact, own)}
+    assert check(name, {"y": own}, expected, torch.float32) <= 1.0
+    with pytest.raises(AssertionError, match=f"{name} is wrong in y"):
+        check(name, {"y": own + wrong * (torch.arange(7) == 3)}, expected, torch.float32)
+    with pytest.raises(AssertionError, match=f"{name} returned no y"):
+        check(name, {}, expected, torch.float32)
+
+
+def test_parts_know_the_whole_problems_outputs() -> None:
+    """Sampled rows of y and dx, and sampled rows of dw, are those of the whole problem."""
+    x, w, dy = torch.randn(40, 5), torch.randn(30, 5), torch.randn(40, 30)
+    linear = Contender(lambda t: F.linear(t["x"], t["w"]), ("x", "w"))
+    rows, outs = sample(40, "cpu"), sample(30, "cpu")
+    by_rows = Part({"x": x[rows], "w": w}, (dy[rows],), {"y": rows, "d_x": rows})
+    by_outs = Part({"x": x, "w": w[outs]}, (dy[:, outs],), {"d_w": outs})
+    expected = expect({"mix": linear}, [by_rows, by_outs])["mix"]
+    whole = {"y": x @ w.T, "d_x": dy @ w, "d_w": dy.T @ x}
+    assert check("ours", whole, expected, torch.float32) <= 1.0
+    for name in whole:
+        with pytest.raises(AssertionError, match=f"wrong in {name}"):
+            check("ours", {**whole, name: whole[name].flip(0)}, expected, torch.float32)
+
+
+def test_peak_memory_counts_what_is_freed_again_and_not_what_is_returned() -> None:
+    def call() -> dict[str, torch.Tensor]:
+        scratch = torch.ones(16 * 2**18)
+        return {"y": scratch[: 8 * 2**18].clone()}
+
+    measure_peak(call, "cpu")
+    peak = measure_peak(call, "cpu")
+    assert peak["allocator"] == pytest.approx(16.0, abs=0.1)
+    assert peak.get("resident", 16.0) == pytest.approx(16.0, abs=4.0)
+
+
+def test_a_slow_peer_takes_part_in_its_share_of_rounds() -> None:
+    functions = dict.fromkeys(("ours", "plain", "slow"), int)
+    plan = Plan(rounds=10, functions=functions, strides={"ours": 1, "plain": 1, "slow": 4})
+    for index in range(10):
+        plan.run_others(index)
+    assert {name: len(times) for name, times in plan.seconds.items()} == {"plain": 10, "slow": 3}
+
+
+def test_a_rotation_is_one_buffer_of_equal_sets() -> None:
+    tensors = {"base": torch.randn(3, 5), "deltas": torch.randn(3, 2, 5).bfloat16()}
+    buffer, sets = make_rotation(tensors, 3)
+    assert len(sets) == 3
+    for weights in sets:
+        for name, tensor in tensors.items():
+            assert torch.equal(weights[name], tensor)
+            assert weights[name].untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize(("M", "S"), [(1, 1), (7, 3), (8, 8)])
+def test_a_cases_segments_are_all_its_rows(M: int, S: int) -> None:
+    rows = [row for segment in Case(M, 4, 4, 2, S).segments for row in range(segment.start, segment.stop)]
+    assert rows == list(range(M))
+
+
+def test_targets_are_judged_by_the_runs_own_figures() -> None:
+    info = {"gigabytes_per_s": 5.0, "read_gigabytes_per_s": 5.4, "peer_time_over_ours": {"streams": 1.5}}
+    assert READS_AT_BANDWIDTH.judge(info)["verdict"] == "PASS"
+    assert faster_than("streams", 1.6).judge(info)["verdict"] == "MISS"
+    assert faster_than("peft", 1.3).judge(info)["verdict"].startswith("NOT MEASURED")
+
+
+def test_every_module_runs_its_tiny_cases(tmp_path: Path) -> None:
+    results = tmp_path / "tiny.json"
+    modules = sorted((ROOT / "bench").glob("bench_*.py"))
+    addopts = "addopts=--import-mode=importlib --strict-markers"
+    flags = ["--suite=tiny", "--device=cpu", "--seconds=0.02", "--benchmark-only", f"--benchmark-json={results}"]
+    command = [sys.executable, "-m", "pytest", *map(str, modules), "-o", addopts, "-p", "no:cacheprovider", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    loaded = json.loads(results.read_text())
+    assert {"model", "flags", "caches", "threads"} <= loaded["machine_info"]["cpu"].keys()
+    assert "processor:" in done.stdout
+    for entry in loaded["benchmarks"]:
+        info = entry["extra_info"]
+        assert info["ratio_to_ceiling"]["ours"] == pytest.approx(info["median_us"]["ours"] / info["median_us"]["plain"])
+        assert f"{entry['name']}:" in done.stdout
+        assert all(share <= 1.0 for share in info["error_over_budget"].values())
+    groups = {entry["group"] for entry in loaded["benchmarks"]}
+    assert groups == {path.stem.removeprefix("bench_") for path in modules}
