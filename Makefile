@@ -2,8 +2,8 @@
 #   make demo    train and sweep a steerable model on the embedded data   make install  the set-up alone
 #   make test    lint, types, tests                                       make lint     lint and types alone
 #   make bench   about 40 named benchmarks                                make bench-full   the product of all, by -k
-#   make wheel-smoke  the wheel, in an empty venv                         make distclean    clean, and remove .venv
-#   make clean   remove what builds and tests left (not .venv, not runs)
+#   make sanitize     kernel tests, address and UB sanitizers             make wheel-smoke  the wheel, in an empty venv
+#   make clean   remove what builds and tests left (not .venv, not runs)  make distclean    remove .venv too
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models demo test lint bench bench-full wheel-smoke clean distclean
+.PHONY: help install models demo test lint bench bench-full sanitize wheel-smoke clean distclean
 help:
 	@sed -n '2,6s/^#   //p' Makefile
 
@@ -66,11 +66,15 @@ bench-full: install
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python $(BENCH) --suite full --compiled all --benchmark-json=$(BENCH_JSON) $(BENCH_FLAGS)
 
+sanitize: install
+	PYTHON=$(BIN)/python bash tests/sanitize.sh $(PYTEST_FLAGS)
+
 wheel-smoke: install
 	PYTHON=$(BIN)/python bash tests/wheel_smoke.sh
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .benchmarks *.egg-info kernels/*.egg-info $(VENV)/.installed
+	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	rm -rf *.egg-info kernels/*.egg-info $(VENV)/.installed
 	rm -f kernels/clp_kernels/*.so
 	find clp_engine kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -5,6 +5,7 @@ where a CUDA toolkit is found, by CUDA_HOME or nvcc on PATH, whether or not this
 build.
 
 CLP_SKIP_EXTENSION=1 builds neither (the reference and Triton back-ends remain), CLP_SKIP_CUDA=1 only the CPU part.
+CLP_SANITIZE=1 instruments the CPU part for `make sanitize`; it loads only into a process that has the run-time loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 # The stable ABI as of torch 2.10: the built objects load in that release and in later ones.
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 CUDA_ARCHITECTURES = (80, 90)
+SANITIZERS = "-g -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 
 
 def is_set(name: str) -> bool:
@@ -128,8 +130,9 @@ def cpu_build(sources: list[str], output: Path, folder: Path, compiler: str) -> 
     # -Wno-psabi: vectors never cross a call of the built object's interface.
     flags = f"-std=c++17 -O3 -fPIC -fvisibility=hidden -Wall -Wno-psabi -Wno-unknown-pragmas {' '.join(STABLE_ABI)}"
     library = torch_folder() / "lib"
-    link = f'{compiler} -shared $in -o $out -L"{library}" -ltorch_cpu -Wl,--as-needed'
-    return ninja_file(f"{compiler} {flags} {include_flags()}", link, sources, output, folder)
+    sanitizers = SANITIZERS if is_set("CLP_SANITIZE") else ""
+    link = f'{compiler} {sanitizers} -shared $in -o $out -L"{library}" -ltorch_cpu -Wl,--as-needed'
+    return ninja_file(f"{compiler} {flags} {sanitizers} {include_flags()}", link, sources, output, folder)
 
 
 def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) -> str:

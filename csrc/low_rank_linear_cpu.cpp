@@ -18,8 +18,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
 
-constexpr int64_t kGrain = 200000;
-
 // Rows up to which the weights are streamed.
 constexpr int64_t kStreamedRows = 16;
 
@@ -79,7 +77,7 @@ class Gates {
     const float* from = static_cast<const float*>(rows.const_data_ptr());
     float* to = static_cast<float*>(out.mutable_data_ptr());
     const float* gates = static_cast<const float*>(gates_.const_data_ptr());
-    parallel(rows.size(0), kGrain / std::max<int64_t>(R, 1) + 1, [&](int64_t begin, int64_t end) {
+    parallel(rows.size(0), R, [&](int64_t begin, int64_t end) {
       for (int64_t m = begin; m < end; m++) {
         const float* gate = gates + map_[m] * R;
         for (int64_t r = 0; r < R; r++) to[m * R + r] = from[m * R + r] * gate[r];
@@ -135,7 +133,7 @@ void stream_products(Tensor& out, const RowProduct& first, const RowProduct& sec
   const Tensor second_rows = second.weight ? as_float(*second.rows) : Tensor();
   float* sums = static_cast<float*>(result.mutable_data_ptr());
   const int64_t work = M * ((first.weight ? first_rows.size(1) : 0) + (second.weight ? second_rows.size(1) : 0));
-  parallel(N, kGrain / std::max<int64_t>(work, 1) + 1, [&](int64_t begin, int64_t end) {
+  parallel(N, work, [&](int64_t begin, int64_t end) {
     for (int64_t m = 0; m < M; m++) {
       for (int64_t n = begin; n < end; n++) sums[m * N + n] = bias_values ? bias_values[n] : 0.0f;
     }

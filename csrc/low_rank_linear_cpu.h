@@ -9,11 +9,6 @@
 
 namespace clp {
 
-// IEEE binary16.
-struct Half {
-  uint16_t bits;
-};
-
 // sums[m, n] += <x[m], weight[n]> for n_begin <= n < n_end; x [M, length], weight [.., length], sums [M, N].
 // Each weight is read once for all rows. A sum's bits depend on its row and weight alone.
 template <typename Weight>

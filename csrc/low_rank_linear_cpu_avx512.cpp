@@ -1,15 +1,18 @@
 // Kernels for AVX-512 (F, BW, VL); run only where the processor has it.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "low_rank_linear_cpu.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
 #endif
 
 #define CLP_ISA avx512
 #define CLP_WIDTH 16
+#define CLP_F16C
 #define CLP_STREAM_ROWS 8
 #include "low_rank_linear_cpu_kernels.h"
 

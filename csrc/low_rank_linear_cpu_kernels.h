@@ -18,22 +18,6 @@ constexpr int kOutputs = 3;  // summed together: 3 outputs by 4 rows fill AVX2's
 
 #include "mixed_linear_cpu_vector.h"
 
-// The exponent is moved by a product, which makes a denormal half a normal float; infinity and NaN keep theirs.
-CLP_INLINE Vec load(const Half* p) {
-  VecHalf half;
-  __builtin_memcpy(&half, p, sizeof(half));
-  const VecUint bits = __builtin_convertvector(half, VecUint);
-  const VecUint magnitude = (bits & 0x7fff) << 13;
-  const VecUint special = (VecUint)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
-  const VecUint value = (VecUint)((Vec)magnitude * splat(0x1p112f));
-  return (Vec)(value | special | (bits & 0x8000) << 16);
-}
-
-CLP_INLINE float load_one(const Half* p) {
-  uint16_t values[kWidth] = {p->bits};
-  return load((const Half*)values)[0];
-}
-
 // Terms that a lane adds one by one. Sums of such blocks are added in their order: one chain over a whole row would err
 // more than torch's product does.
 constexpr int64_t kChain = 128 * kWidth;

@@ -1,5 +1,10 @@
-// mixed_linear on the CPU: checks, the staging of rows, and the threads that run the kernels. Forward and gradient of x;
-// the gradients of the deltas and coefficients are in mixed_linear_cpu_grad.cpp.
+// mixed_linear on the CPU: forward and gradient of x, each in the way that suits the rows.
+//
+//   few rows, or rows that all differ   every stream read once, one sum for each    mixed_linear_cpu_rows.cpp
+//   many rows of few weightings         panels of each mix into torch's product     mixed_linear_cpu_product.cpp
+//   batch_invariant                     each row by its mix, in own fixed blocks    both
+//
+// The gradients of the deltas and coefficients are in mixed_linear_cpu_grad.cpp.
 #include <algorithm>
 
 #include "cpu_features.h"
@@ -9,29 +14,52 @@ namespace clp {
 
 namespace {
 
-// Multiply-adds that one thread should have at the least: waking a thread costs a few microseconds.
-constexpr int64_t kGrain = 200000;
+// Torch's product of few rows adds term by term to each result and errs up to 5 times more than own blocks, which take
+// the same time up to here (K = 2, 64 rows of 64 weightings: 1.2 ms of each at N = D = 576, 20 ms at 2048).
+constexpr int64_t kTorchRows = 65;
 
-void run_stream(const MixedLinearArgs& args, StreamJob& job) {
-  const Kernels& kernels = kernels_in_use();
-  const int64_t work = args.rows.M * args.weights.D * (args.weights.K + 1);
-  // Bytes of weights count as well as multiply-adds: one row reads all of them.
-  parallel(args.weights.N, kGrain / std::max<int64_t>(work, 1) + 1,
-           [&](int64_t begin, int64_t end) { kernels.stream(job, begin, end); });
+// The product with the mix of each segment, or for all rows with each stream for itself.
+Product product_of(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes, const Array& a, bool transposed,
+                   bool mixed) {
+  Product product{args, plan, a, transposed, false, {}, {}, 1, nullptr, {}};
+  if (mixed) {
+    product.segments = plan.segments;
+    for (size_t g = 0; g < plan.segments.size(); g++) product.terms.push_back({mixes.of_segment(g), -1});
+    return product;
+  }
+  static const float one = 1.0f;
+  const Mix& any = mixes.any();
+  product.segments = {{0, args.M, 0}};
+  if (any.base || any.count == 0) product.terms.push_back({{any.base, 0, nullptr, nullptr}, -1});
+  for (int64_t i = 0; i < any.count; i++) product.terms.push_back({{false, 1, any.copies + i, &one}, any.copies[i]});
+  product.terms_each = static_cast<int64_t>(product.terms.size());
+  return product;
 }
 
-void run_gemm(GemmJob& job) {
-  const Kernels& kernels = kernels_in_use();
-  const int64_t panels = ceil_div(job.columns, kernels.panel_columns);
-  // Rows are split as well where there are fewer than 2 panels a thread; every sum keeps its order.
-  const int64_t chunks = std::clamp<int64_t>(ceil_div(2 * num_threads(), panels), 1, ceil_div(job.rows.M, 128));
-  job.row_chunk = panels >= 2 * num_threads() ? job.rows.M : ceil_div(job.rows.M, chunks);
-  const int64_t items = panels * ceil_div(job.rows.M, job.row_chunk);
-  const int64_t work = job.row_chunk * job.length * kernels.panel_columns;
-  parallel(items, kGrain / std::max<int64_t>(work, 1) + 1, [&](int64_t begin, int64_t end) {
-    const FloatBuffer panel(kernels.panel_columns * job.length);
-    kernels.gemm(job, begin, end, panel.get());
-  });
+// Runs the product into y [M, columns] of any dtype, the bias terms added.
+void run_into(Product& product, const Bias& bias, void* y, Dtype y_dtype) {
+  const bool in_place = y_dtype == Dtype::f32 && product.plan.order.empty();
+  const bool has_bias = !bias.bias.empty() || !bias.bias_deltas.empty();
+  if (in_place) product.out = static_cast<float*>(y);
+  if (!in_place || has_bias) {
+    product.finish = [&, in_place, has_bias](const Tile& tile) {
+      const int64_t size = tile.j1 - tile.j0, K = product.args.weights.K;
+      parallel(tile.m1 - tile.m0, size, [&](int64_t begin, int64_t end) {
+        std::vector<float> added(size);
+        const float* added_for = nullptr;
+        for (int64_t m = begin; m < end; m++) {
+          const int64_t row = product.plan.row(tile.m0 + m);
+          const float* c = product.args.coefficients(row);
+          float* results = tile.data + m * tile.step;
+          if (has_bias && c != added_for) bias.mix(c, K, tile.j0, tile.j1, added.data());
+          added_for = c;
+          for (int64_t j = 0; has_bias && j < size; j++) results[j] += added[j];
+          if (!in_place) kernels_in_use().narrow(results, size, y, y_dtype, row * product.columns() + tile.j0);
+        }
+      });
+    };
+  }
+  run_product(product);
 }
 
 }  // namespace
@@ -52,92 +80,52 @@ const Kernels& kernels_in_use() {
   return kernels_portable;
 }
 
-FloatBuffer stage_rows(const void* x, Dtype dtype, int64_t M, int64_t width, const Plan& plan) {
-  FloatBuffer staged(M * width);
-  parallel(M, kGrain / std::max<int64_t>(width, 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) {
-      const int64_t row = plan.order.empty() ? m : plan.order[m];
-      copy_to_float(x, dtype, row * width, width, staged.get() + m * width);
-    }
-  });
-  return staged;
+void Bias::mix(const float* c, int64_t K, int64_t n0, int64_t n1, float* out) const {
+  for (int64_t n = n0; n < n1; n++) {
+    float sum = bias.empty() ? 0.0f : bias[n];
+    for (int64_t k = 0; !bias_deltas.empty() && k < K; k++) sum += c[k] * bias_deltas[n * K + k];
+    out[n - n0] = sum;
+  }
 }
 
-Tensor mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
-                            const Tensor& row_map, const std::optional<Tensor>& bias,
-                            const std::optional<Tensor>& bias_deltas) {
+void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
+                          const Tensor& row_map, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& bias_deltas, bool batch_invariant, const Tensor& y) {
   const MixedLinearArgs args(base, deltas, c, row_map);
-  const int64_t M = args.rows.M, N = args.weights.N, D = args.weights.D, K = args.weights.K;
-  const Tensor rows = contiguous_rows(x, "x", M, D);
-  Tensor y = torch::stable::new_empty(rows, {M, N});
-  if (M == 0 || N == 0) return y;
-  const FloatBuffer bias_floats = to_floats(bias, "bias", N), bias_delta_floats = to_floats(bias_deltas, "bias_deltas", N * K);
-  const Dtype dtype = dtype_of(rows, "x");
-  Plan plan = plan_rows(args.rows.row_map, M, args.S);
-  const Path path = choose_path(M, static_cast<int64_t>(plan.segments.size()), K, args.weights.base != nullptr, true);
-  if (path == Path::stream) plan.order.clear();
-  const bool staged_in_place = dtype == Dtype::f32 && plan.order.empty();
-  const FloatBuffer staged =
-      staged_in_place ? FloatBuffer() : stage_rows(rows.const_data_ptr(), dtype, M, D, plan);
-  const float* x_floats = staged_in_place ? static_cast<const float*>(rows.const_data_ptr()) : staged.get();
-  const Rows plan_of_rows = args.rows_with(plan);
-  if (path == Path::stream) {
-    StreamJob job{args.weights, plan_of_rows, x_floats, nullptr, bias_floats.get(), bias_delta_floats.get(),
-                  y.mutable_data_ptr(), dtype};
-    if (dtype == Dtype::bf16) job.x_bf16 = static_cast<const Bf16*>(rows.const_data_ptr());
-    run_stream(args, job);
-    return y;
+  const int64_t M = args.M, N = args.weights.N, K = args.weights.K;
+  if (M == 0 || N == 0) return;
+  const Bias biases{to_floats(bias, "bias", N), to_floats(bias_deltas, "bias_deltas", N * K)};
+  const Array values = array_of(x, "x");
+  Plan plan = plan_rows(args.row_map, M, args.S);
+  const Mixes mixes(plan, args.c, K, args.weights.base != nullptr);
+  const int64_t segments = static_cast<int64_t>(plan.segments.size());
+  const bool streams = streams_are_cheaper(M, segments, mixes.any().count + mixes.any().base, true);
+  if (batch_invariant || streams) {
+    if (!batch_invariant) plan.order.clear();
+    run_rows(args, plan, mixes, batch_invariant, values, biases, y.mutable_data_ptr(), values.dtype);
+  } else {
+    Product product = product_of(args, plan, mixes, values, false, true);
+    run_into(product, biases, y.mutable_data_ptr(), values.dtype);
   }
-  GemmJob job{args.weights, plan_of_rows, false, false, x_floats, D, N, bias_floats.get(), bias_delta_floats.get(),
-              y.mutable_data_ptr(), dtype, M};
-  const Concatenated concatenated(job, path);
-  run_gemm(job);
-  return y;
 }
 
 Tensor mixed_linear_cpu_backward_x(const Tensor& dy, const std::optional<Tensor>& base, const Tensor& deltas,
-                                   const Tensor& c, const Tensor& row_map) {
+                                   const Tensor& c, const Tensor& row_map, bool batch_invariant) {
   const MixedLinearArgs args(base, deltas, c, row_map);
-  const int64_t M = args.rows.M, N = args.weights.N, D = args.weights.D, K = args.weights.K;
-  const Tensor rows = contiguous_rows(dy, "dy", M, N);
-  Tensor dx = torch::stable::new_empty(rows, {M, D});
+  const int64_t M = args.M, D = args.weights.D;
+  const Tensor rows = contiguous_rows(dy, "dy", M, args.weights.N);
+  Tensor dx = empty_tensor({M, D}, rows.scalar_type());
   if (M == 0 || D == 0) return dx;
-  const Dtype dtype = dtype_of(rows, "dy");
-  const Plan plan = plan_rows(args.rows.row_map, M, args.S);
-  const Path path = choose_path(M, static_cast<int64_t>(plan.segments.size()), K, args.weights.base != nullptr, false);
-  const bool staged_in_place = dtype == Dtype::f32 && plan.order.empty();
-  const FloatBuffer staged = staged_in_place ? FloatBuffer() : stage_rows(rows.const_data_ptr(), dtype, M, N, plan);
-  const float* dy_floats = staged_in_place ? static_cast<const float*>(rows.const_data_ptr()) : staged.get();
-  GemmJob job{args.weights, args.rows_with(plan), true, false, dy_floats, N, D, nullptr, nullptr,
-              dx.mutable_data_ptr(), dtype, M};
-  const Concatenated concatenated(job, path);
-  run_gemm(job);
+  const Array values = array_of(rows, "dy");
+  Plan plan = plan_rows(args.row_map, M, args.S);
+  const Mixes mixes(plan, args.c, args.weights.K, args.weights.base != nullptr);
+  const int64_t segments = static_cast<int64_t>(plan.segments.size());
+  const bool mixed = batch_invariant || !streams_are_cheaper(M, segments, mixes.any().count + mixes.any().base, false);
+  if (!mixed) plan.order.clear();
+  Product product = product_of(args, plan, mixes, values, true, mixed);
+  product.own = batch_invariant || M < kTorchRows;
+  run_into(product, Bias(), dx.mutable_data_ptr(), values.dtype);
   return dx;
-}
-
-Concatenated::Concatenated(GemmJob& job, Path path) {
-  if (path != Path::concatenated_panels) return;
-  const int64_t M = job.rows.M, K = job.weights.K, length = job.length;
-  const int64_t first_copy = job.weights.base ? 1 : 0, streams = K + first_copy;
-  rows_ = FloatBuffer(M * streams * length);
-  const float* a = job.a;
-  parallel(M, kGrain / std::max<int64_t>(streams * length, 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; m++) {
-      const int64_t row = job.rows.order ? job.rows.order[m] : m;
-      const float* c = job.rows.c + job.rows.row_map[row] * K;
-      float* out = rows_.get() + m * streams * length;
-      if (first_copy) out = std::copy_n(a + m * length, length, out);
-      for (int64_t k = 0; k < K; k++) {
-        for (int64_t i = 0; i < length; i++) *out++ = c[k] * a[m * length + i];
-      }
-    }
-  });
-  all_ = {0, M, 0};
-  job.rows.segments = &all_;
-  job.rows.num_segments = 1;
-  job.a = rows_.get();
-  job.length = streams * length;
-  job.concatenated = true;
 }
 
 }  // namespace clp

@@ -1,7 +1,9 @@
-// Between the driver of mixed_linear on the CPU (checks, row plan, threads) and its kernels (one set per instruction set).
+// Between the driver of mixed_linear on the CPU (checks, row plan, threads) and its kernels (one set per instruction
+// set).
 //
 // Letters: m rows, d in, n out, k copies, s distinct weightings. Includes no standard header with inline functions: the
-// kernels' translation units include this file and are compiled for processors that the linker's chosen copy may not run on.
+// kernels' translation units include this file and are compiled for processors that the linker's chosen copy may not
+// run on.
 #pragma once
 
 #include <stddef.h>
@@ -13,7 +15,11 @@ struct Bf16 {
   uint16_t bits;
 };
 
-enum class Dtype : int { f32 = 0, bf16 = 1 };
+struct Half {
+  uint16_t bits;
+};
+
+enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 // base [N, D] (or null) and deltas [N, K, D], both contiguous.
 struct Weights {
@@ -24,75 +30,100 @@ struct Weights {
   int64_t N, K, D;
 };
 
-// Staged rows [begin, end) that share one weighting.
+// A sum of streams: the base (or not), and `count` copies, each times its coefficient. Copies that are not listed are
+// not read.
+struct Mix {
+  bool base;
+  int64_t count;
+  const int32_t* copies;
+  const float* c;
+};
+
+// Rows of x that share one weighting, in the order in which they are worked on: [begin, end).
 struct Segment {
   int64_t begin, end;
   int32_t weighting;
 };
 
-// Rows in the order in which they are staged: sorted by weighting.
-struct Rows {
-  int64_t M;
-  const int32_t* order;      // staged row -> row of x and y; null: the same
-  const int32_t* row_map;    // row of x -> weighting
-  const float* c;            // [S, K]
-  const Segment* segments;
-  int64_t num_segments;
+// Rows side by side in one packed panel: `rows` of them, from `first` in the order of work.
+struct Panel {
+  int64_t first, rows;
+  const Mix* mix;  // of all its rows; null where the streams are summed each for itself
 };
 
-// y[m, n] = sum_d x[m, d] base[n, d] + sum_k c[m, k] (sum_d x[m, d] delta[n, k, d] + bias_delta[n, k]) + bias[n].
-// One accumulator for each stream (the base, each copy), row and output; the coefficients are applied to the sums.
-struct StreamJob {
+// y[m, n] = sum over streams of coefficient * <x_m, stream_n>, and the bias terms. Either every panel brings its mix
+// and the weights are mixed before the product, or the products of all streams are weighted by `c`. Each weight is read
+// from memory once for all panels.
+struct RowsJob {
   Weights weights;
-  Rows rows;
-  const float* x;            // [M, D]
-  const Bf16* x_bf16;        // [M, D], where x itself is bf16: for instructions that multiply bf16
+  Mix streams;               // read where a panel has no mix of its own; its c is not used
+  const Panel* panels;
+  int64_t num_panels;
+  const float* x;            // packed, [num_panels, D, panel_rows]; for `dots`, [rows, D] of the only panel
+  const Bf16* x_bf16;        // for `dots`, where x itself is bf16: for instructions that multiply bf16
+  bool dots;                 // few rows: dot products along D instead of packed panels
+  const float* c;            // [K, num_panels * panel_rows]
   const float* bias;         // [N] or null
   const float* bias_deltas;  // [N, K] or null
+  const int32_t* order;      // order of work -> row of y; null: the same
   void* y;                   // [M, N]
   Dtype y_dtype;
 };
 
-// y[m, j] = sum_i a[m, i] P[i, j] + bias terms, P a panel of the mix of the row's weighting: W^T (columns j are outputs n) or,
-// for the gradient of x, W (columns j are inputs d).
-struct GemmJob {
-  Weights weights;
-  Rows rows;
-  bool columns_are_inputs;
-  // Instead of one mix for each segment, all streams' panels one above the other, for rows a = (x, c_1 x, .., c_K x).
-  bool concatenated;
-  const float* a;            // staged rows, [M, length]
-  int64_t length;            // of the reduction
-  int64_t columns;
-  const float* bias;         // [columns] or null
-  const float* bias_deltas;  // [columns, K] or null
-  void* y;                   // [M, columns]
-  Dtype y_dtype;
-  int64_t row_chunk;         // staged rows of one work item
+// out[i, j] = or += <row i of a, column j of b>, in blocks of a fixed size. One of a's steps is 1.
+struct OwnProduct {
+  const float* a;            // [rows, length]
+  int64_t rows, length, row_step, step;
+  const Panel* panels;       // of columns of b
+  int64_t num_panels, columns;
+  const float* b;            // packed, [num_panels, length, panel_rows]
+  bool add;
+  float* out;
+  int64_t out_step;
 };
 
-// G_s = dy_s^T x_s for each segment; d_delta[:, k] = sum_s c[s, k] G_s; d_c[s, k] = <delta[:, k], G_s>.
-struct GradJob {
-  Weights weights;
-  Rows rows;
-  const float* dy;           // staged, in blocks of grad_rows outputs: [ceil(N / grad_rows), M, grad_rows]
-  const float* x;            // staged rows, [M, D]
-  void* d_deltas;            // [N, K, D] in the deltas' dtype, or null
-  double* d_c;               // [work items, S, K], zeroed, or null
-  int64_t S;
-  int64_t only_copy;         // >= 0: dy holds c_k dy of this copy, only d_delta[:, k] is written; -1: all copies
+// One tile g [rows, columns] of a segment's weight gradient, its corner at (n0, d0):
+// out[n, k, d] = or += c[k] g[n, d]; dots[k] += <delta[n, k, d], g[n, d]>.
+struct GradTile {
+  const float* g;
+  int64_t g_step;            // from one row to the next
+  int64_t rows, columns, K;
+  const float* c;            // [K]
+  float* out;                // null: not wanted
+  int64_t out_row, out_copy; // steps
+  bool add;
+  const void* deltas;        // read for dots alone
+  Dtype deltas_dtype;
+  int64_t first_delta;       // of the corner, copy 0
+  int64_t delta_row, delta_copy;
+  double* dots;              // null: not wanted
 };
 
 struct Kernels {
-  int64_t panel_columns;     // of a gemm panel and of a grad work item
-  int64_t grad_rows;
-  int64_t stream_rows;
-  void (*stream)(const StreamJob& job, int64_t n_begin, int64_t n_end);
-  // Work items of gemm: (row chunk, panel), the panel running faster. `panel` holds panel_columns * panel_length floats.
-  void (*gemm)(const GemmJob& job, int64_t item_begin, int64_t item_end, float* panel);
-  // `scratch` holds panel_columns * (M + 2 * K * grad_rows) floats.
-  void (*grad)(const GradJob& job, int64_t item_begin, int64_t item_end, float* scratch);
+  int64_t panel_rows;
+  int64_t group;             // rows of weights (of a) of one work item of `rows` (`product`)
+  int64_t max_dots;          // rows up to which `rows` takes dots
+  // out[i] = scale * in[offset + i]
+  void (*widen)(const void* in, Dtype dtype, int64_t offset, int64_t size, float scale, float* out);
+  // out[offset + i] = in[i], rounded
+  void (*narrow)(const float* in, int64_t size, void* out, Dtype dtype, int64_t offset);
+  // out[n - n0, d - d0] = the mix, rows `step` apart
+  void (*mix)(const Weights& weights, const Mix& mix, int64_t n0, int64_t n1, int64_t d0, int64_t d1, float* out,
+              int64_t step);
+  // panel[d, i] = rows[i * row_step + d * step], zero from `count` on; one of the steps is 1
+  void (*pack)(const float* rows, int64_t count, int64_t D, int64_t row_step, int64_t step, float* panel);
+  // Outputs [group * group_begin, ..); `scratch` holds rows_scratch(job) floats.
+  void (*rows)(const RowsJob& job, int64_t group_begin, int64_t group_end, float* scratch);
+  // Rows [group * group_begin, ..) of out; `scratch` holds group * num_panels * panel_rows floats.
+  void (*product)(const OwnProduct& job, int64_t group_begin, int64_t group_end, float* scratch);
+  void (*grad)(const GradTile& tile);
 };
+
+// Floats that one thread of `rows` needs: sums of a group's streams, and its mixed weights.
+inline int64_t rows_scratch(const Kernels& kernels, const RowsJob& job) {
+  const int64_t sums = kernels.group * (job.streams.count + 2) * job.num_panels * kernels.panel_rows;
+  return sums + kernels.group * job.weights.D;
+}
 
 extern const Kernels kernels_portable;
 #if defined(__x86_64__)

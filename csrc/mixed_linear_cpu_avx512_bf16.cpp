@@ -5,15 +5,15 @@
 #include "mixed_linear_cpu.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c")
 #endif
 
 #define CLP_ISA avx512_bf16
 #define CLP_WIDTH 16
 #define CLP_ROWS 12
-#define CLP_STREAM_ROWS 8
+#define CLP_F16C
 #define CLP_DOT_BF16
 #include "mixed_linear_cpu_kernels.h"
 

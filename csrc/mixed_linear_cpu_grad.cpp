@@ -1,6 +1,11 @@
 // Gradients of mixed_linear's deltas and coefficients on the CPU.
+//
+// Long segments: one product G_s = dy_s^T x_s for each tile of the weight and each segment, by torch, then d_delta[:,
+// k] += c[s, k] G_s and d_c[s, k] += <delta[:, k], G_s> while the tile is in a cache: the multiply-adds of one weight
+// gradient, whatever K. Short segments: d_delta[:, k] = (c_k dy)^T x of all rows, d_c from the streams' products.
+#include <torch/headeronly/util/Exception.h>
+
 #include <algorithm>
-#include <cstring>
 
 #include "mixed_linear_cpu_ops.h"
 
@@ -8,100 +13,229 @@ namespace clp {
 
 namespace {
 
-constexpr int64_t kGrain = 200000;
+// Rows of one staged product, and a tile's inputs and outputs: tile, sums and widened rows make up at most 3.5 MiB.
+constexpr int64_t kStagedRows = 256;
+constexpr int64_t kInputs = 512, kOutputs = 512, kSumFloats = 5 << 17;
+// Rows of a tile whose part of d_c is summed by itself: the order of that sum does not depend on the threads.
+constexpr int64_t kPartRows = 16;
 
-// Rows of a segment from which one product per segment is cheaper than one per copy.
-constexpr int64_t kShortSegment = 8;
+// Where the deltas' gradient [N, K, D] goes: float32, which is added to where `add`; or, rounded, another dtype; or
+// nowhere.
+struct Target {
+  float* floats = nullptr;
+  bool add = false;
+  void* rounded = nullptr;
+};
 
-// dy [M, N] as [ceil(N / block), M, block], zero past N, each row times c of `copy` where copy >= 0.
-FloatBuffer block_outputs(const void* dy, Dtype dtype, const Rows& rows, int64_t N, int64_t K, int64_t block,
-                          int64_t copy) {
-  const int64_t blocks = ceil_div(N, block), M = rows.M;
-  FloatBuffer blocked(blocks * M * block);
-  parallel(M, kGrain / std::max<int64_t>(N, 1) + 1, [&](int64_t begin, int64_t end) {
-    const FloatBuffer values(blocks * block);
-    std::fill_n(values.get(), blocks * block, 0.0f);
-    for (int64_t m = begin; m < end; m++) {
-      const int64_t row = rows.order ? rows.order[m] : m;
-      copy_to_float(dy, dtype, row * N, N, values.get());
-      const float scale = copy < 0 ? 1.0f : rows.c[rows.row_map[row] * K + copy];
-      for (int64_t b = 0; b < blocks; b++) {
-        float* out = blocked.get() + (b * M + m) * block;
-        for (int64_t i = 0; i < block; i++) out[i] = scale * values.get()[b * block + i];
+class WeightGradient {
+ public:
+  // by_copy: one product of all rows for each copy, instead of one for each segment.
+  WeightGradient(const MixedLinearArgs& args, const Plan& plan, const Array& dy, const Array& x, const Target& target,
+                 bool by_copy, bool own)
+      : args_(args),
+        plan_(plan),
+        w_(args.weights),
+        dy_(dy),
+        x_(x),
+        out_(target.floats),
+        add_(target.add),
+        rounded_(target.rounded),
+        by_copy_(by_copy),
+        dy_in_place_(dy.is_float() && plan.order.empty() && !by_copy),
+        x_in_place_(x.is_float() && plan.order.empty()),
+        in_blocks_(own || !dy_in_place_ || !x_in_place_),
+        outputs_(rounded_ ? std::clamp<int64_t>(kSumFloats / (kInputs * (w_.K + 1)), 16, kOutputs) : kOutputs),
+        multiplier_(own, kStagedRows, kInputs),
+        tile_(outputs_ * kInputs),
+        sums_(rounded_ ? outputs_ * kInputs * w_.K : 0),
+        staged_dy_(dy_in_place_ ? 0 : kStagedRows * outputs_),
+        staged_x_(x_in_place_ ? 0 : kStagedRows * kInputs) {}
+
+  // d_c [S, K] is added to, or null.
+  void run(double* d_c) {
+    for (n0_ = 0; n0_ < w_.N; n0_ += outputs_) {
+      n1_ = std::min(w_.N, n0_ + outputs_);
+      for (d0_ = 0; d0_ < w_.D; d0_ += kInputs) {
+        d1_ = std::min(w_.D, d0_ + kInputs);
+        by_copy_ ? copies() : segments(d_c);
       }
     }
-  });
-  return blocked;
-}
-
-void run_grad(const GradJob& job) {
-  const Kernels& kernels = kernels_in_use();
-  const Weights& w = job.weights;
-  const int64_t items = ceil_div(w.D, kernels.panel_columns);
-  const int64_t work = job.rows.M * w.N * kernels.panel_columns;
-  parallel(items, kGrain / std::max<int64_t>(work, 1) + 1, [&](int64_t begin, int64_t end) {
-    const FloatBuffer scratch(kernels.panel_columns * (job.rows.M + 2 * w.K * kernels.grad_rows));
-    kernels.grad(job, begin, end, scratch.get());
-  });
-}
-
-// Sums the work items' parts in their order.
-void sum_parts(const FloatBuffer& parts, int64_t items, int64_t size, float* out) {
-  const double* part = reinterpret_cast<const double*>(parts.get());
-  for (int64_t i = 0; i < size; i++) {
-    double total = 0.0;
-    for (int64_t item = 0; item < items; item++) total += part[item * size + i];
-    out[i] = static_cast<float>(total);
   }
+
+ private:
+  int64_t width() const { return d1_ - d0_; }
+
+  void segments(double* d_c) {
+    for (size_t g = 0; g < plan_.segments.size(); g++) {
+      const Segment& segment = plan_.segments[g];
+      product(segment.begin, segment.end, -1, false, tile_.get(), width());
+      spread(segment, g == 0, d_c ? d_c + segment.weighting * w_.K : nullptr);
+    }
+    if (!rounded_) return;
+    for (int64_t k = 0; k < w_.K; k++) round(sums_.get() + k * width(), w_.K * width(), k);
+  }
+
+  void copies() {
+    for (int64_t k = 0; k < w_.K; k++) {
+      if (out_) {
+        product(0, args_.M, k, add_, out_ + (n0_ * w_.K + k) * w_.D + d0_, w_.K * w_.D);
+      } else {
+        product(0, args_.M, k, false, tile_.get(), width());
+        round(tile_.get(), width(), k);
+      }
+    }
+  }
+
+  // out [n1 - n0, d1 - d0] = or += dy^T x over places [begin, end), dy times the coefficient of `copy` or, for -1, 1.
+  void product(int64_t begin, int64_t end, int64_t copy, bool add, float* out, int64_t step) {
+    const int64_t rows = in_blocks_ ? kStagedRows : end - begin;
+    for (int64_t m0 = begin; m0 < end; m0 += rows, add = true) {
+      const int64_t m1 = std::min(end, m0 + rows);
+      const Matrix dy = dy_in_place_
+                            ? Matrix{dy_.floats() + m0 * w_.N + n0_, m1 - m0, n1_ - n0_, w_.N, 1}
+                            : staged(dy_, m0, m1, w_.N, n0_, n1_, copy, staged_dy_.get());
+      const Matrix x = x_in_place_ ? Matrix{x_.floats() + m0 * w_.D + d0_, m1 - m0, width(), w_.D, 1}
+                                   : staged(x_, m0, m1, w_.D, d0_, d1_, -1, staged_x_.get());
+      multiplier_.run({dy.data, dy.columns, dy.rows, 1, dy.row_step}, x, add, out, step);
+    }
+  }
+
+  Matrix staged(const Array& values, int64_t m0, int64_t m1, int64_t size, int64_t begin, int64_t end, int64_t copy,
+                float* out) {
+    const Kernels& kernels = kernels_in_use();
+    parallel(m1 - m0, end - begin, [&](int64_t first, int64_t last) {
+      for (int64_t m = first; m < last; m++) {
+        const int64_t row = plan_.row(m0 + m);
+        const float scale = copy < 0 ? 1.0f : args_.coefficients(row)[copy];
+        kernels.widen(values.data, values.dtype, row * size + begin, end - begin, scale, out + m * (end - begin));
+      }
+    });
+    return {out, m1 - m0, end - begin, end - begin, 1};
+  }
+
+  // The segment's tile to all copies, each gradient read or written once, and each delta read once.
+  void spread(const Segment& segment, bool is_first, double* d_c) {
+    const int64_t K = w_.K, parts = ceil_div(n1_ - n0_, kPartRows);
+    std::vector<double> dots(d_c ? parts * K : 0, 0.0);
+    const Kernels& kernels = kernels_in_use();
+    parallel(parts, kPartRows * width() * K, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; part++) {
+        const int64_t row = part * kPartRows, rows = std::min(kPartRows, n1_ - n0_ - row);
+        GradTile tile{tile_.get() + row * width(), width(), rows, width(), K, args_.c + segment.weighting * K};
+        if (out_) {
+          tile.out = out_ + (n0_ + row) * K * w_.D + d0_;
+          tile.out_row = K * w_.D;
+          tile.out_copy = w_.D;
+          tile.add = add_ || !is_first;
+        } else if (rounded_) {
+          tile.out = sums_.get() + row * K * width();
+          tile.out_row = K * width();
+          tile.out_copy = width();
+          tile.add = !is_first;
+        }
+        tile.deltas = w_.deltas;
+        tile.deltas_dtype = w_.deltas_dtype;
+        tile.first_delta = (n0_ + row) * K * w_.D + d0_;
+        tile.delta_row = K * w_.D;
+        tile.delta_copy = w_.D;
+        tile.dots = d_c ? dots.data() + part * K : nullptr;
+        kernels.grad(tile);
+      }
+    });
+    for (size_t i = 0; i < dots.size(); i++) d_c[i % K] += dots[i];
+  }
+
+  void round(const float* sums, int64_t step, int64_t k) {
+    const Kernels& kernels = kernels_in_use();
+    parallel(n1_ - n0_, width(), [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; n++) {
+        const int64_t at = ((n0_ + n) * w_.K + k) * w_.D + d0_;
+        kernels.narrow(sums + n * step, width(), rounded_, w_.deltas_dtype, at);
+      }
+    });
+  }
+
+  const MixedLinearArgs& args_;
+  const Plan& plan_;
+  const Weights& w_;
+  const Array dy_, x_;
+  float* const out_;
+  const bool add_;
+  void* const rounded_;
+  const bool by_copy_, dy_in_place_, x_in_place_, in_blocks_;
+  const int64_t outputs_;
+  const Multiplier multiplier_;
+  const Scratch tile_, sums_, staged_dy_, staged_x_;
+  int64_t n0_ = 0, n1_ = 0, d0_ = 0, d1_ = 0;
+};
+
+// d_c[s, k] += <dy_m, x_m delta_k^T> over the rows of weighting s: the streams' products again.
+void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Array& x, bool own, double* d_c) {
+  const Plan as_they_are;
+  const float one = 1.0f;
+  const int64_t K = args.weights.K, N = args.weights.N;
+  std::vector<float> dy_row(N);
+  for (int32_t k = 0; k < K; k++) {
+    Product product{args, as_they_are, x, false, own, {{0, args.M, 0}}, {{{false, 1, &k, &one}, -1}}, 1, nullptr, {}};
+    product.finish = [&](const Tile& tile) {
+      for (int64_t m = tile.m0; m < tile.m1; m++) {
+        kernels_in_use().widen(dy.data, dy.dtype, m * N + tile.j0, tile.j1 - tile.j0, 1.0f, dy_row.data());
+        const float* z = tile.data + (m - tile.m0) * tile.step;
+        double sum = 0.0;
+        for (int64_t j = 0; j < tile.j1 - tile.j0; j++) sum += static_cast<double>(dy_row[j]) * z[j];
+        d_c[args.row_map[m] * K + k] += sum;
+      }
+    };
+    run_product(product);
+  }
+}
+
+void check_main_grad(const std::optional<Tensor>& main_grad, const Weights& w) {
+  if (!main_grad) return;
+  const bool has_sizes = main_grad->dim() == 3 && main_grad->size(0) == w.N && main_grad->size(1) == w.K &&
+                         main_grad->size(2) == w.D;
+  STD_TORCH_CHECK(has_sizes && main_grad->scalar_type() == torch::headeronly::ScalarType::Float &&
+                      main_grad->is_contiguous() && main_grad->is_cpu(),
+                  "mixed_linear (cpp): main_grad must be float32 [", w.N, ", ", w.K, ", ", w.D,
+                  "], contiguous, on the CPU");
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> mixed_linear_cpu_backward_deltas(const Tensor& dy, const Tensor& x, const Tensor& deltas,
                                                             const Tensor& c, const Tensor& row_map, bool needs_deltas,
-                                                            bool needs_coefficients) {
+                                                            bool needs_coefficients,
+                                                            const std::optional<Tensor>& main_grad,
+                                                            bool batch_invariant) {
   const MixedLinearArgs args(std::nullopt, deltas, c, row_map);
-  const int64_t M = args.rows.M, N = args.weights.N, D = args.weights.D, K = args.weights.K, S = args.S;
-  const Tensor dy_rows = contiguous_rows(dy, "dy", M, N), x_rows = contiguous_rows(x, "x", M, D);
-  const Kernels& kernels = kernels_in_use();
-  Tensor d_deltas = needs_deltas ? torch::stable::new_empty(deltas, {N, K, D}) : torch::stable::new_empty(deltas, {0});
-  Tensor d_c = needs_coefficients ? torch::stable::new_empty(c, {S, K}) : torch::stable::new_empty(c, {0});
-  const int64_t items = ceil_div(D, kernels.panel_columns);
-  const Plan plan = plan_rows(args.rows.row_map, M, S);
-  const Rows rows = args.rows_with(plan);
-  const Dtype dtype = dtype_of(x_rows, "x"), dy_dtype = dtype_of(dy_rows, "dy");
-  const bool staged_in_place = dtype == Dtype::f32 && plan.order.empty();
-  const FloatBuffer staged = staged_in_place ? FloatBuffer() : stage_rows(x_rows.const_data_ptr(), dtype, M, D, plan);
-  const float* x_floats = staged_in_place ? static_cast<const float*>(x_rows.const_data_ptr()) : staged.get();
-  GradJob job{args.weights, rows, nullptr, x_floats, nullptr, nullptr, S, -1};
-
-  const bool short_segments = M < kShortSegment * rows.num_segments && K > 0;
-  if (needs_coefficients || (needs_deltas && !short_segments)) {
-    const FloatBuffer blocked =
-        block_outputs(dy_rows.const_data_ptr(), dy_dtype, rows, N, K, kernels.grad_rows, -1);
-    const FloatBuffer parts(needs_coefficients ? items * S * K * 2 : 0);
-    job.dy = blocked.get();
-    if (needs_deltas && !short_segments) job.d_deltas = d_deltas.mutable_data_ptr();
-    if (needs_coefficients) {
-      job.d_c = reinterpret_cast<double*>(parts.get());
-      std::fill_n(job.d_c, items * S * K, 0.0);
-    }
-    run_grad(job);
-    if (needs_coefficients) sum_parts(parts, items, S * K, static_cast<float*>(d_c.mutable_data_ptr()));
+  const Weights& w = args.weights;
+  const int64_t M = args.M, S = args.S;
+  const Tensor dy_rows = contiguous_rows(dy, "dy", M, w.N), x_rows = contiguous_rows(x, "x", M, w.D);
+  check_main_grad(main_grad, w);
+  const bool returns_deltas = needs_deltas && !main_grad;
+  Tensor d_deltas = returns_deltas ? torch::stable::new_empty(deltas, {w.N, w.K, w.D})
+                                   : torch::stable::new_empty(deltas, {0});
+  Tensor d_c = needs_coefficients ? torch::stable::new_zeros(c, {S, w.K}) : torch::stable::new_empty(c, {0});
+  if (M == 0) {
+    if (returns_deltas) torch::stable::zero_(d_deltas);
+    return {d_deltas, d_c};
   }
-  if (needs_deltas && short_segments) {
-    const Segment all{0, M, 0};
-    job.rows.segments = &all;
-    job.rows.num_segments = 1;
-    job.d_deltas = d_deltas.mutable_data_ptr();
-    job.d_c = nullptr;
-    for (job.only_copy = 0; job.only_copy < K; job.only_copy++) {
-      const FloatBuffer blocked =
-          block_outputs(dy_rows.const_data_ptr(), dy_dtype, rows, N, K, kernels.grad_rows, job.only_copy);
-      job.dy = blocked.get();
-      run_grad(job);
-    }
+  Target target;
+  if (needs_deltas && main_grad) target = {static_cast<float*>(main_grad->mutable_data_ptr()), true, nullptr};
+  if (returns_deltas && w.deltas_dtype == Dtype::f32) target.floats = static_cast<float*>(d_deltas.mutable_data_ptr());
+  if (returns_deltas && w.deltas_dtype != Dtype::f32) target.rounded = d_deltas.mutable_data_ptr();
+  Plan plan = plan_rows(args.row_map, M, S);
+  const Array dy_values = array_of(dy_rows, "dy"), x_values = array_of(x_rows, "x");
+  const bool by_copy = copies_are_cheaper(M, static_cast<int64_t>(plan.segments.size()), w.K);
+  if (by_copy) plan.order.clear();
+  std::vector<double> sums(needs_coefficients ? S * w.K : 0, 0.0);
+  if (needs_deltas || !by_copy) {
+    WeightGradient gradient(args, plan, dy_values, x_values, target, by_copy, batch_invariant);
+    gradient.run(needs_coefficients && !by_copy ? sums.data() : nullptr);
   }
+  if (needs_coefficients && by_copy) add_dots_of_streams(args, dy_values, x_values, batch_invariant, sums.data());
+  float* results = needs_coefficients ? static_cast<float*>(d_c.mutable_data_ptr()) : nullptr;
+  for (size_t i = 0; i < sums.size(); i++) results[i] = static_cast<float>(sums[i]);
   return {d_deltas, d_c};
 }
 

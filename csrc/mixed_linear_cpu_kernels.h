@@ -1,10 +1,11 @@
 // The kernels of mixed_linear for one instruction set. The including file has set the compiler's target and defines
 //   CLP_ISA           name of the set: a namespace, and the suffix of the exported table
 //   CLP_WIDTH         floats of a vector
-//   CLP_ROWS          rows of a register block of the panel product (by 2 vectors)
-//   CLP_STREAM_ROWS   rows of a register block of the streaming product (by 3 streams): 4 or 8
+//   CLP_ROWS          rows of weights of a register block of the product (by 2 vectors of rows of x)
+//   CLP_F16C          only where the set converts float16
 //   CLP_DOT_BF16      only where the set multiplies pairs of bfloat16
-// Everything is internal to the translation unit but the table, so that no other one can pick up code that its processor lacks.
+// Everything is internal to the translation unit but the table, so that no other one can pick up code that its
+// processor lacks.
 
 #define CLP_INLINE_MEMBER inline __attribute__((always_inline))
 #define CLP_JOIN_(a, b) a##b
@@ -16,21 +17,24 @@ namespace {
 
 constexpr int kWidth = CLP_WIDTH;
 constexpr int kRows = CLP_ROWS;
-constexpr int kStreamRows = CLP_STREAM_ROWS;
+constexpr int64_t kColumns = 2 * kWidth;
 
 #include "mixed_linear_cpu_vector.h"
 
-#include "mixed_linear_cpu_gemm.h"
+#include "mixed_linear_cpu_mix.h"
 
-#include "mixed_linear_cpu_grad.h"
+#include "mixed_linear_cpu_dots.h"
 
-#include "mixed_linear_cpu_stream.h"
+#include "mixed_linear_cpu_panels.h"
+
+#include "mixed_linear_cpu_rows.h"
 
 }  // namespace
 }  // namespace CLP_ISA
 
 extern const Kernels CLP_JOIN(kernels_, CLP_ISA);
-const Kernels CLP_JOIN(kernels_, CLP_ISA) = {CLP_ISA::kColumns, CLP_ISA::kRows, CLP_ISA::kStreamRows,
-                                             CLP_ISA::stream,   CLP_ISA::gemm,           CLP_ISA::grad};
+const Kernels CLP_JOIN(kernels_, CLP_ISA) = {
+    CLP_ISA::kColumns, CLP_ISA::kRows, CLP_ISA::kMaxDots, CLP_ISA::widen,   CLP_ISA::narrow,
+    CLP_ISA::mix,      CLP_ISA::pack,  CLP_ISA::rows,     CLP_ISA::product, CLP_ISA::grad};
 
 }  // namespace clp

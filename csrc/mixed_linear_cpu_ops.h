@@ -1,14 +1,14 @@
-// What the CPU operators of mixed_linear share: tensors to plain pointers, buffers, threads.
+// What the CPU operators of mixed_linear share: tensors to plain pointers, scratch memory, threads, torch's product.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
-#include <memory>
+#include <functional>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "mixed_linear_cpu_plan.h"
 
@@ -20,9 +20,12 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t num_threads() { return torch::stable::get_num_threads(); }
 
-// Runs body(begin, end) over [0, size) in torch's thread pool, on the calling thread alone where size <= grain.
+// Runs body(begin, end) over [0, size) in torch's thread pool; on the calling thread alone where all of it, `size`
+// items of `work` multiply-adds (or bytes of memory), is not worth waking others: that costs a few microseconds.
 template <typename Body>
-void parallel(int64_t size, int64_t grain, const Body& body) {
+void parallel(int64_t size, int64_t work, const Body& body) {
+  constexpr int64_t kGrain = 200000;
+  const int64_t grain = kGrain / (work > 0 ? work : 1) + 1;
   if (size <= grain || num_threads() == 1) {
     if (size > 0) body(int64_t{0}, size);
     return;
@@ -30,71 +33,164 @@ void parallel(int64_t size, int64_t grain, const Body& body) {
   torch::stable::parallel_for(0, size, grain, body);
 }
 
-// Floats on a cache line's boundary, not initialised.
-class FloatBuffer {
+// Contiguous, on the CPU, not initialised. Made by the shim: torch::stable::empty looks its operator up by
+// name.
+Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype);
+
+// Floats from torch's allocator, which counts them; on a cache line's boundary, not initialised. Null for a size of 0.
+class Scratch {
  public:
-  FloatBuffer() = default;
-  explicit FloatBuffer(int64_t size);
-  float* get() const { return data_.get(); }
+  explicit Scratch(int64_t size);
+  float* get() const { return data_; }
 
  private:
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  std::unique_ptr<float, Free> data_;
+  std::optional<Tensor> tensor_;
+  float* data_ = nullptr;
+};
+
+// The same for each thread of a parallel section.
+class ThreadScratch {
+ public:
+  explicit ThreadScratch(int64_t size) : size_(ceil_div(size, 16) * 16), all_(size_ * num_threads()) {}
+  float* get() const {
+    uint32_t thread = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    return all_.get() + thread * size_;
+  }
+
+ private:
+  int64_t size_;
+  Scratch all_;
 };
 
 Dtype dtype_of(const Tensor& tensor, const char* name);
 
+// Values of a tensor in memory.
+struct Array {
+  const void* data;
+  Dtype dtype;
+
+  bool is_float() const { return dtype == Dtype::f32; }
+  const float* floats() const { return static_cast<const float*>(data); }
+};
+
 // `rows` as a contiguous tensor, checked to be [M, width] on the CPU.
 Tensor contiguous_rows(const Tensor& rows, const char* name, int64_t M, int64_t width);
 
-// values[0 .. size) of a float32 or bf16 array from `offset`, as float32.
-void copy_to_float(const void* values, Dtype dtype, int64_t offset, int64_t size, float* out);
+inline Array array_of(const Tensor& tensor, const char* name) {
+  return {tensor.const_data_ptr(), dtype_of(tensor, name)};
+}
 
-// A small float32 or bf16 tensor of `size` elements as floats; empty for none.
-FloatBuffer to_floats(const std::optional<Tensor>& tensor, const char* name, int64_t size);
-
-// The rows of x [M, width] as float32, in the plan's order.
-FloatBuffer stage_rows(const void* x, Dtype dtype, int64_t M, int64_t width, const Plan& plan);
+// A small tensor of `size` elements as floats; empty for none.
+std::vector<float> to_floats(const std::optional<Tensor>& tensor, const char* name, int64_t size);
 
 const Kernels& kernels_in_use();
+
+// A float32 matrix in memory; one of its steps is 1.
+struct Matrix {
+  const float* data;
+  int64_t rows, columns, row_step, column_step;
+};
+
+// Products of matrices, in all of torch's threads: by torch, or in own blocks of a fixed size, whose bits depend
+// neither on the number of rows nor on that of the threads.
+class Multiplier {
+ public:
+  // `length`, `columns`: the most of a product's terms and columns, for own blocks.
+  Multiplier(bool own, int64_t length, int64_t columns);
+  // out[i * out_step + j] = or += <row i of a, column j of b>
+  void run(const Matrix& a, const Matrix& b, bool add, float* out, int64_t out_step) const;
+
+ private:
+  void run_own(const Matrix& a, const Matrix& b, bool add, float* out, int64_t out_step) const;
+
+  const bool own_;
+  const Scratch packed_;
+  const ThreadScratch sums_;
+};
 
 // The checked weights, coefficients and row map of a call; keeps contiguous copies alive where they were needed.
 class MixedLinearArgs {
  public:
   MixedLinearArgs(const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c, const Tensor& row_map);
-  Rows rows_with(const Plan& plan) const;
 
   Weights weights;
-  Rows rows;
-  int64_t S;
+  int64_t M, S;
+  const float* c;            // [S, K]
+  const int32_t* row_map;    // [M]
+
+  const float* coefficients(int64_t row) const { return c + row_map[row] * weights.K; }
 
  private:
   std::optional<Tensor> base_;
   Tensor deltas_, c_, row_map_;
 };
 
-// For rows of many weightings: rewrites the job to rows (a, c_1 a, .., c_K a) over unmixed panels, and owns these rows.
-class Concatenated {
- public:
-  Concatenated(GemmJob& job, Path path);
+// The bias terms of the forward; empty where there are none.
+struct Bias {
+  std::vector<float> bias, bias_deltas;
 
- private:
-  FloatBuffer rows_;
-  Segment all_{};
+  // out[n - n0] = bias[n] + sum_k c[k] bias_deltas[n, k]
+  void mix(const float* c, int64_t K, int64_t n0, int64_t n1, float* out) const;
 };
 
-Tensor mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
-                            const Tensor& row_map, const std::optional<Tensor>& bias,
-                            const std::optional<Tensor>& bias_deltas);
+// y by the own kernel: streams each for itself (mixed = false), or the mix of each segment.
+void run_rows(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes, bool mixed, const Array& x,
+              const Bias& bias, void* y, Dtype y_dtype);
+
+// One product of a sum over streams: the mix of a segment, or one stream with its coefficient on the rows.
+struct Term {
+  Mix mix;
+  int64_t row_scale;         // copy whose coefficient multiplies each row; -1: none
+};
+
+// A tile of results: places [m0, m1) in the order of work, columns [j0, j1).
+struct Tile {
+  int64_t m0, m1, j0, j1;
+  float* data;
+  int64_t step;
+};
+
+// out[m, j] = sum over terms of <a_m, column j of the term>; a term is [N, D], transposed for the gradient of x. Each
+// segment of rows has terms of its own: segment g the terms from g * terms_each.
+struct Product {
+  const MixedLinearArgs& args;
+  const Plan& plan;
+  Array a;                   // [M, length]
+  bool transposed;
+  bool own;                  // in own blocks, not by torch
+  std::vector<Segment> segments;
+  std::vector<Term> terms;
+  int64_t terms_each;
+  float* out;                // [M, columns], for rows in their own order; null: tiles lie in scratch memory
+  std::function<void(const Tile&)> finish;  // called with each tile of final sums; or empty
+
+  int64_t length() const { return transposed ? args.weights.N : args.weights.D; }
+  int64_t columns() const { return transposed ? args.weights.D : args.weights.N; }
+};
+
+void run_product(const Product& product);
+
+// Writes y, whose N columns follow x's rows. x, c and row_map are contiguous, and of any rank.
+void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
+                          const Tensor& row_map, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& bias_deltas, bool batch_invariant, const Tensor& y);
+
+// Checks that the arguments fit, and returns y [..., N]: coefficients [S, K] with a row map of x's leading sizes, or
+// [..., K] whose leading sizes are the first of x's.
+Tensor mixed_linear_cpu_call(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
+                             const std::optional<Tensor>& row_map, const std::optional<Tensor>& bias,
+                             const std::optional<Tensor>& bias_deltas, bool batch_invariant);
 
 Tensor mixed_linear_cpu_backward_x(const Tensor& dy, const std::optional<Tensor>& base, const Tensor& deltas,
-                                   const Tensor& c, const Tensor& row_map);
+                                   const Tensor& c, const Tensor& row_map, bool batch_invariant);
 
 // The gradients of the deltas [N, K, D] and of the coefficients [S, K]; an empty tensor for one that is not needed.
+// Where main_grad is given, the deltas' gradient is added to it in float32, and the tensor returned for it is empty.
 std::tuple<Tensor, Tensor> mixed_linear_cpu_backward_deltas(const Tensor& dy, const Tensor& x, const Tensor& deltas,
                                                             const Tensor& c, const Tensor& row_map, bool needs_deltas,
-                                                            bool needs_coefficients);
+                                                            bool needs_coefficients,
+                                                            const std::optional<Tensor>& main_grad,
+                                                            bool batch_invariant);
 
 }  // namespace clp

@@ -7,12 +7,11 @@ namespace clp {
 
 namespace {
 
-// Costs in units of one row through one packed panel (7.3 us for 576 x 576 float32 weights on one Zen 3 core with AVX2;
-// measured there, K = 2: mixed panels 130 us for each weighting, concatenated ones 280 us in all, streamed rows 27 us each).
-constexpr double kPanelRow = 1.0;
-constexpr double kMixStream = 6.0;
-constexpr double kPackStream = 13.0;
-constexpr double kStreamRow = 1.2;
+// Costs in units of one row through torch's product with one weight, for each stream or segment.
+constexpr double kMixStream = 9.0;
+constexpr double kPackPanel = 6.0;
+constexpr double kOwnRow = 1.1;
+constexpr int64_t kSpreadRows = 8;
 
 }  // namespace
 
@@ -49,13 +48,37 @@ Plan plan_rows(const int32_t* row_map, int64_t M, int64_t S) {
   return plan;
 }
 
-Path choose_path(int64_t M, int64_t num_segments, int64_t K, bool has_base, bool may_stream) {
-  const double streams = static_cast<double>(K + (has_base ? 1 : 0));
-  const double mixed = num_segments * streams * kMixStream + M * kPanelRow;
-  const double concatenated = streams * kPackStream + M * streams * kPanelRow;
-  const double stream = M * streams * kStreamRow;
-  if (may_stream && stream <= mixed && stream <= concatenated) return Path::stream;
-  return mixed <= concatenated ? Path::mixed_panels : Path::concatenated_panels;
+Mixes::Mixes(const Plan& plan, const float* c_SK, int64_t K, bool has_base) {
+  std::vector<bool> is_read(K, false);
+  // Reserved at once: the lists point into these.
+  copies_.reserve(plan.segments.size() * K);
+  c_.reserve(plan.segments.size() * K);
+  for (const Segment& segment : plan.segments) {
+    const size_t begin = copies_.size();
+    for (int64_t k = 0; k < K; k++) {
+      const float c = c_SK[segment.weighting * K + k];
+      if (c == 0.0f) continue;
+      copies_.push_back(static_cast<int32_t>(k));
+      c_.push_back(c);
+      is_read[k] = true;
+    }
+    const int64_t count = static_cast<int64_t>(copies_.size() - begin);
+    mixes_.push_back({has_base, count, copies_.data() + begin, c_.data() + begin});
+  }
+  for (int64_t k = 0; k < K; k++) {
+    if (is_read[k]) any_copies_.push_back(static_cast<int32_t>(k));
+  }
+  any_ = {has_base, static_cast<int64_t>(any_copies_.size()), any_copies_.data(), nullptr};
+}
+
+bool streams_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, bool own_kernel) {
+  const double streams = static_cast<double>(num_streams), rows = static_cast<double>(M);
+  const double mixed = num_segments * (streams * kMixStream + kPackPanel) + rows;
+  return own_kernel ? streams * rows * kOwnRow <= mixed : streams * (rows + kPackPanel) <= mixed;
+}
+
+bool copies_are_cheaper(int64_t M, int64_t num_segments, int64_t K) {
+  return M < (kSpreadRows + 2 * K) * num_segments;
 }
 
 }  // namespace clp

@@ -8,17 +8,36 @@
 namespace clp {
 
 struct Plan {
-  std::vector<int32_t> order;  // empty: rows stay where they are
+  std::vector<int32_t> order;  // order of work -> row; empty: rows stay where they are
   std::vector<Segment> segments;
+
+  int64_t row(int64_t at) const { return order.empty() ? at : order[at]; }
 };
 
-// Rows grouped by weighting, in their own order within a group; untouched where equal weightings already lie side by side.
-// Throws std::out_of_range for an entry of row_map outside [0, S).
+// Rows grouped by weighting, in their own order within a group; untouched where equal weightings already lie side by
+// side. Throws std::out_of_range for an entry of row_map outside [0, S).
 Plan plan_rows(const int32_t* row_map, int64_t M, int64_t S);
 
-enum class Path { stream, mixed_panels, concatenated_panels };
+// The copies that each segment reads: those whose coefficient is zero are left out.
+class Mixes {
+ public:
+  Mixes(const Plan& plan, const float* c_SK, int64_t K, bool has_base);
+  const Mix& of_segment(int64_t segment) const { return mixes_[segment]; }
+  // All that some row reads.
+  const Mix& any() const { return any_; }
 
-// The cheapest path of the forward (may_stream) or of the gradient of x.
-Path choose_path(int64_t M, int64_t num_segments, int64_t K, bool has_base, bool may_stream);
+ private:
+  std::vector<int32_t> copies_, any_copies_;
+  std::vector<float> c_;
+  std::vector<Mix> mixes_;
+  Mix any_;
+};
+
+// Whether the streams' products are cheaper formed each for itself, for all rows, than the mix of each segment.
+// The forward does so in its own kernel, the gradient of x by torch's products, which cost more for few rows.
+bool streams_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, bool own_kernel);
+
+// Whether one weight gradient for each copy is cheaper than one for each segment, spread over the copies.
+bool copies_are_cheaper(int64_t M, int64_t num_segments, int64_t K);
 
 }  // namespace clp

@@ -4,5 +4,4 @@
 #define CLP_ISA portable
 #define CLP_WIDTH 4
 #define CLP_ROWS 6
-#define CLP_STREAM_ROWS 4
 #include "mixed_linear_cpu_kernels.h"

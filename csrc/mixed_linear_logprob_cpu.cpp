@@ -60,7 +60,7 @@ void mixed_linear_logprob_cpu_fwd(const Tensor& hidden, const std::optional<Tens
 Tensor logprob_cpu_function(const Tensor& x, bool is_tanh) {
   const int64_t size = x.numel(), padded = ceil_div(size, kLogitLanes) * kLogitLanes;
   std::vector<float> in(padded, 0.0f), out(padded);
-  copy_to_float(x.const_data_ptr(), dtype_of(x, "x"), 0, size, in.data());
+  kernels_in_use().widen(x.const_data_ptr(), dtype_of(x, "x"), 0, size, 1.0f, in.data());
   logprob_kernels_in_use().evaluate(in.data(), is_tanh, padded, out.data());
   Tensor y = torch::stable::new_empty(x, {size});
   std::copy_n(out.data(), size, floats_of(y));

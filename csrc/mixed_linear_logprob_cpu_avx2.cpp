@@ -1,5 +1,7 @@
 // Kernels for AVX2 and FMA; run only where the processor has it.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "mixed_linear_logprob_cpu.h"
 
 #if defined(__clang__)

@@ -78,7 +78,7 @@ LogprobCall::LogprobCall(const LogprobTensors& t) : args(t.base, t.deltas, t.c, 
   plan(t);
   job.D = w.D;
   job.K = w.K;
-  job.c = args.rows.c;
+  job.c = args.c;
   job.has_base = w.base != nullptr;
   job.weighting = weighting_.data();
   job.targets = targets_.data();
@@ -90,7 +90,8 @@ LogprobCall::LogprobCall(const LogprobTensors& t) : args(t.base, t.deltas, t.c, 
 
 // Keeps the rows that have a target, sorted by weighting, and stages them as float32 where they are not so already.
 void LogprobCall::plan(const LogprobTensors& t) {
-  const int64_t rows = args.rows.M, D = args.weights.D, V = args.weights.N;
+  const Weights& w = args.weights;
+  const int64_t rows = args.M, D = w.D, V = w.N;
   const Tensor hidden = contiguous_rows(t.hidden, "hidden", rows, D);
   STD_TORCH_CHECK(t.targets.scalar_type() == ScalarType::Long && t.targets.numel() == rows && t.targets.is_contiguous(),
                   "mixed_linear_logprob (cpp): targets must be contiguous int64 [", rows, "]");
@@ -101,7 +102,7 @@ void LogprobCall::plan(const LogprobTensors& t) {
     STD_TORCH_CHECK(targets[row] >= 0 && targets[row] < V, "mixed_linear_logprob (cpp): targets[", row, "] is ",
                     targets[row], ", outside [0, ", V, ")");
     rows_.push_back(static_cast<int32_t>(row));
-    weighting.push_back(args.rows.row_map[row]);
+    weighting.push_back(args.row_map[row]);
   }
   job.M = static_cast<int64_t>(rows_.size());
   const Plan by_weighting = plan_rows(weighting.data(), job.M, args.S);
@@ -114,6 +115,8 @@ void LogprobCall::plan(const LogprobTensors& t) {
     targets_.push_back(targets[rows_[m]]);
   }
   const Dtype dtype = dtype_of(hidden, "hidden");
+  STD_TORCH_CHECK(dtype != Dtype::f16 && w.base_dtype != Dtype::f16 && w.deltas_dtype != Dtype::f16,
+                  "mixed_linear_logprob (cpp): takes float32 and bfloat16, no float16");
   hidden_ = hidden;
   if (job.M == rows && by_weighting.order.empty()) rows_.clear();
   if (keeps_order() && dtype == Dtype::f32) {
@@ -121,8 +124,9 @@ void LogprobCall::plan(const LogprobTensors& t) {
     return;
   }
   staged_ = Scratch(t.c, job.M * D);
+  const Kernels& kernels = kernels_in_use();
   for (int64_t m = 0; m < job.M; m++) {
-    copy_to_float(hidden.const_data_ptr(), dtype, row_of(m) * D, D, staged_.get() + m * D);
+    kernels.widen(hidden.const_data_ptr(), dtype, row_of(m) * D, D, 1.0f, staged_.get() + m * D);
   }
   x_ = staged_.get();
 }
@@ -144,8 +148,8 @@ void LogprobCall::choose_sizes(const Tensor& like) {
   if (!mixes) copies_ = Scratch(like, w.K * job.M * job.stride);
   if (mixes) job.has_base = true;  // the mix is one product
   job.copies = copies_.get();
-  if (bias_.get()) chunk_bias_.resize(job.stride);
-  if (bias_deltas_.get()) chunk_bias_deltas_.resize(w.K * job.stride);
+  if (!bias_.empty()) chunk_bias_.resize(job.stride);
+  if (!bias_deltas_.empty()) chunk_bias_deltas_.resize(w.K * job.stride);
 }
 
 void LogprobCall::begin_chunk(int64_t first, int64_t tokens) {
@@ -153,13 +157,13 @@ void LogprobCall::begin_chunk(int64_t first, int64_t tokens) {
   job.tokens = tokens;
   const int64_t K = job.K;
   for (int64_t v = 0; v < tokens; v++) {
-    if (bias_.get()) chunk_bias_[v] = bias_.get()[first + v];
-    for (int64_t k = 0; bias_deltas_.get() && k < K; k++) {
-      chunk_bias_deltas_[k * job.stride + v] = bias_deltas_.get()[(first + v) * K + k];
+    if (!bias_.empty()) chunk_bias_[v] = bias_[first + v];
+    for (int64_t k = 0; !bias_deltas_.empty() && k < K; k++) {
+      chunk_bias_deltas_[k * job.stride + v] = bias_deltas_[(first + v) * K + k];
     }
   }
-  job.bias = bias_.get() ? chunk_bias_.data() : nullptr;
-  job.bias_deltas = bias_deltas_.get() ? chunk_bias_deltas_.data() : nullptr;
+  job.bias = !bias_.empty() ? chunk_bias_.data() : nullptr;
+  job.bias_deltas = !bias_deltas_.empty() ? chunk_bias_deltas_.data() : nullptr;
 }
 
 MixJob LogprobCall::chunk_weights() const {
@@ -263,8 +267,8 @@ void LogprobCall::scatter_rows(const float* values, const Tensor& out) const {
 
 std::vector<float> LogprobCall::gather(const Tensor& values, int64_t width) const {
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
-                      values.numel() == args.rows.M * width,
-                  "mixed_linear_logprob (cpp): a value of each row must be contiguous float32 [", args.rows.M, ", ",
+                      values.numel() == args.M * width,
+                  "mixed_linear_logprob (cpp): a value of each row must be contiguous float32 [", args.M, ", ",
                   width, "]");
   const float* data = static_cast<const float*>(values.const_data_ptr());
   std::vector<float> gathered;

@@ -15,8 +15,7 @@ const LogprobKernels& logprob_kernels_in_use();
 // all of it is not worth waking others, which costs a few microseconds.
 template <typename Body>
 void share(int64_t size, int64_t work, const Body& body) {
-  constexpr int64_t kGrain = 200000;
-  parallel(size, kGrain / std::max<int64_t>(work, 1) + 1, body);
+  parallel(size, work, body);
 }
 
 // A matrix of float32 anywhere in memory.
@@ -112,7 +111,7 @@ class LogprobCall {
   std::optional<Tensor> hidden_;
   Scratch staged_, panel_, logits_, copies_;
   const float* x_ = nullptr;
-  FloatBuffer bias_, bias_deltas_;
+  std::vector<float> bias_, bias_deltas_;
   std::vector<float> chunk_bias_, chunk_bias_deltas_;
 };
 

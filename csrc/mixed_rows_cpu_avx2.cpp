@@ -1,5 +1,7 @@
 // Kernels of the row-by-row operators for AVX2 and FMA; run only where the processor has it.
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include "mixed_embedding_cpu.h"
 #include "mixed_norm_cpu.h"
 

@@ -25,13 +25,15 @@ void cpu_set_isa(std::string name) { set_isa(name); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(clp, m) {
   m.def(
-      "mixed_linear_cpu_fwd(Tensor x, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, Tensor? bias, "
-      "Tensor? bias_deltas) -> Tensor");
+      "mixed_linear_cpu_fwd(Tensor x, Tensor? base, Tensor deltas, Tensor c, Tensor? row_map, "
+      "Tensor? bias, Tensor? bias_deltas, bool batch_invariant=False) -> Tensor");
   m.def(
-      "mixed_linear_cpu_backward_x(Tensor dy, Tensor? base, Tensor deltas, Tensor c, Tensor row_map) -> Tensor");
+      "mixed_linear_cpu_backward_x(Tensor dy, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, "
+      "bool batch_invariant=False) -> Tensor");
   m.def(
       "mixed_linear_cpu_backward_deltas(Tensor dy, Tensor x, Tensor deltas, Tensor c, Tensor row_map, "
-      "bool needs_deltas, bool needs_coefficients) -> (Tensor, Tensor)");
+      "bool needs_deltas, bool needs_coefficients, Tensor(a!)? main_grad=None, bool batch_invariant=False) -> "
+      "(Tensor, Tensor)");
   m.def(
       "mixed_linear_cuda_fwd(Tensor x, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, Tensor? bias, "
       "Tensor? bias_deltas) -> Tensor");
@@ -72,7 +74,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clp, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clp, CPU, m) {
-  m.impl("mixed_linear_cpu_fwd", TORCH_BOX(&clp::mixed_linear_cpu_fwd));
+  m.impl("mixed_linear_cpu_fwd", TORCH_BOX(&clp::mixed_linear_cpu_call));
   m.impl("mixed_linear_cpu_backward_x", TORCH_BOX(&clp::mixed_linear_cpu_backward_x));
   m.impl("mixed_linear_cpu_backward_deltas", TORCH_BOX(&clp::mixed_linear_cpu_backward_deltas));
   m.impl("mixed_embedding_cpu_fwd", TORCH_BOX(&clp::mixed_embedding_cpu_fwd));

@@ -102,6 +102,7 @@ def test_no_source_asks_for_the_build_machines_processor():
         # A standard header after (or without) the target pragma may leave AVX code in a function shared with others.
         assert "#include <vector>" not in file.read_text()
         assert "#include <string>" not in file.read_text()
-    for header in ("mixed_linear_cpu.h", "mixed_linear_cpu_kernels.h", "mixed_linear_cpu_gemm.h"):
+    kernels = ("", "_kernels", "_vector", "_mix", "_dots", "_panels", "_rows")
+    for header in (f"mixed_linear_cpu{name}.h" for name in kernels):
         included = [line for line in (ROOT / "csrc" / header).read_text().splitlines() if line.startswith("#include <")]
         assert set(included) <= {"#include <stddef.h>", "#include <stdint.h>"}

@@ -135,7 +135,7 @@ PUBLIC = {
 }
 SIGNATURES = {
     ("clp_kernels", "mixed_linear"): (
-        "x base deltas coefficients bias=None * bias_deltas=None row_map=None backend=None",
+        "x base deltas coefficients bias=None * bias_deltas=None row_map=None backend=None batch_invariant=False",
     ),
     ("clp_kernels", "mixed_embedding"): ("ids base deltas coefficients * row_map=None padding_idx=None backend=None",),
     ("clp_kernels", "mixed_norm"): (

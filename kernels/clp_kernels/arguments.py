@@ -97,6 +97,28 @@ def _flatten(x: Tensor, c_SK: Tensor, row_map_M: Tensor) -> Rows:
     return Rows(x_MD.contiguous(), c_SK, row_map_M)
 
 
+def check_main_grad(deltas: Tensor) -> Tensor | None:
+    """Return the buffer `deltas.main_grad` that the gradient of the deltas is added to, None where there is none.
+
+    Raises:
+        ValueError: it does not fit; the message names both shapes or dtypes and the remedy.
+    """
+    main_grad: Tensor | None = getattr(deltas, "main_grad", None)
+    if main_grad is None:
+        return None
+    if main_grad.shape != deltas.shape or not main_grad.is_contiguous():
+        raise ValueError(
+            f"deltas.main_grad is {_shape(main_grad)}, strides {main_grad.stride()}; it must be contiguous and like "
+            f"deltas {_shape(deltas)}"
+        )
+    wanted = torch.promote_types(deltas.dtype, torch.float32)
+    if main_grad.dtype != wanted or main_grad.device != deltas.device:
+        raise ValueError(
+            f"deltas.main_grad is {main_grad.dtype} on {main_grad.device}, must be {wanted} on {deltas.device}"
+        )
+    return main_grad
+
+
 def _check_weights(
     x: Tensor, base: Tensor | None, deltas: Tensor, bias: Tensor | None, bias_deltas: Tensor | None
 ) -> None:

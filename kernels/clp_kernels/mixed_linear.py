@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels.arguments import Rows, autocast, flatten_rows
-from clp_kernels.mixed_linear_ops import mixed_linear_fwd_op, mixed_linear_op
-from clp_kernels.select import Problem, resolve
+from clp_kernels import extension
+from clp_kernels.arguments import Rows, autocast, check_main_grad, flatten_rows
+from clp_kernels.backend import requested_backend
+from clp_kernels.mixed_linear_autograd import compiled_with_autograd
+from clp_kernels.mixed_linear_ops import compiled_op, mixed_linear_fwd_op, mixed_linear_op
+from clp_kernels.select import CPP_DTYPES, Problem, resolve
 
 
 def mixed_linear(
@@ -23,6 +26,7 @@ def mixed_linear(
     bias_deltas: Tensor | None = None,
     row_map: Tensor | None = None,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Compute a linear layer under each row's own mix of K deltas over a frozen base.
 
@@ -32,14 +36,18 @@ def mixed_linear(
         x: [..., D] float32, bfloat16 or float16. Under autocast x alone is cast. float64 (every argument then) runs on
             the reference back-end.
         base: [N, D], or None for a layer that is the mix of its copies alone. x's dtype, or another of the three.
-        deltas: [N, K, D], the base's dtype, or float32 over a 16-bit base.
+        deltas: [N, K, D], the base's dtype, or float32 over a 16-bit base. Where the tensor has an attribute
+            `main_grad` ([N, K, D], contiguous, float32; Megatron's convention) the backward adds the gradient to that
+            buffer and returns none: `deltas.grad` stays as it is.
         coefficients: float32. [K], or one row per leading index of x: [B, K], [B, T, K]; their leading sizes are a
             prefix of x's. With `row_map`: [S, K].
         bias: [N] or None.
         bias_deltas: [N, K] or None.
         row_map: int32 of shape x.shape[:-1], row of `coefficients` for each row of x; an expanded view will do.
         backend: "reference", "cpp", "triton", "cuda" or "auto"; None takes the surrounding `backend(...)` block's, else
-            "auto".
+            "auto". No back-end rounds the mix of the weights: a delta of any size keeps its effect beside the base.
+        batch_invariant: True gives a row's y and gradient the same bits whatever else is in the batch, and all results
+            the same bits for any number of threads; at some cost. The reference back-end refuses it.
 
     Returns:
         [..., N] in x's dtype, accumulated in float32. Gradients for every floating argument, in its dtype, reduced in
@@ -51,20 +59,26 @@ def mixed_linear(
 
     Reference: arXiv 2407.15762, section 3 (parameter averaging; here of differences to the reference model).
     """
-    x = autocast(x)
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        x = autocast(x)
+    needs_grad = torch.is_grad_enabled() and (
+        deltas.requires_grad
+        or x.requires_grad
+        or any(t is not None and t.requires_grad for t in (base, coefficients, bias, bias_deltas))
+    )
+    if _runs_compiled(x, backend):
+        run = compiled_with_autograd if needs_grad else compiled_op
+        try:
+            return run(x, base, deltas, coefficients, row_map, bias, bias_deltas, batch_invariant)
+        except RuntimeError:
+            # The compiled operator checks what it is given. What it does not take goes the long way,
+            # where the culprit gets its name and remedy, or the call another back-end.
+            pass
     rows = flatten_rows(x, base, deltas, coefficients, bias, bias_deltas, row_map)
-    name = _resolve(backend, rows, base, deltas)
-    tensors = (x, base, deltas, coefficients, bias, bias_deltas)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    arguments = (rows.x_MD, base, deltas, rows.c_SK, rows.row_map_M, bias, bias_deltas)
-    # An op with an autograd key costs 5 us a call even where nothing needs a gradient (F.linear: 1.7 us), one with a
-    # Python kernel 8 us more than the compiled one that it would call.
-    if needs_grad:
-        y_MN = mixed_linear_op(*arguments, name)
-    elif name == "cpp":
-        y_MN = torch.ops.clp.mixed_linear_cpu_fwd.default(*arguments)
-    else:
-        y_MN = mixed_linear_fwd_op(*arguments, name)
+    name = _resolve(backend, rows, base, deltas, batch_invariant)
+    arguments = (rows.x_MD, base, deltas, rows.c_SK, rows.row_map_M, bias, bias_deltas, name, batch_invariant)
+    # An op with an autograd key costs more, also where nothing needs a gradient.
+    y_MN = mixed_linear_op(*arguments, check_main_grad(deltas)) if needs_grad else mixed_linear_fwd_op(*arguments)
     return y_MN.view(*x.shape[:-1], deltas.shape[0])
 
 
@@ -78,18 +92,34 @@ def backend_for(
     bias_deltas: Tensor | None = None,
     row_map: Tensor | None = None,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> str:
     """Return the name of the back-end that `mixed_linear` would run for the same arguments, without running it.
 
     Raises:
         ValueError, RuntimeError: as `mixed_linear`.
     """
-    return _resolve(
-        backend, flatten_rows(autocast(x), base, deltas, coefficients, bias, bias_deltas, row_map), base, deltas
+    rows = flatten_rows(autocast(x), base, deltas, coefficients, bias, bias_deltas, row_map)
+    return _resolve(backend, rows, base, deltas, batch_invariant)
+
+
+def _runs_compiled(x: Tensor, backend: str | None) -> bool:
+    """Return whether to try the compiled CPU operator at once, for calls that `resolve` gives it for the most part.
+
+    torch.compile takes the registered operators instead: the compiled graph has none of their Python. torch.func's
+    transforms get torch's own error there: they have no rule for custom operators.
+    """
+    return (
+        x.is_cpu
+        and x.dtype in CPP_DTYPES
+        and (requested_backend() if backend is None else backend) in ("auto", "cpp")
+        and extension.missing_reason("cpu") is None
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
-def _resolve(requested: str | None, rows: Rows, base: Tensor | None, deltas: Tensor) -> str:
+def _resolve(requested: str | None, rows: Rows, base: Tensor | None, deltas: Tensor, batch_invariant: bool) -> str:
     x_MD, c_SK = rows.x_MD, rows.c_SK
     N, K, D = deltas.shape
     problem = Problem(
@@ -102,5 +132,6 @@ def _resolve(requested: str | None, rows: Rows, base: Tensor | None, deltas: Ten
         N=N,
         K=K,
         S=c_SK.shape[0],
+        batch_invariant=batch_invariant,
     )
     return resolve(requested, problem)

@@ -1,7 +1,9 @@
 """mixed_linear on the GPU by the compiled CUDA extension: the launchers of back-end "cuda".
 
-The CUDA kernel computes the forward only; both gradients run Triton's kernels where they are available, else the
-reference. Shapes: M rows, D in, N out, K copies, S distinct weightings.
+The CUDA kernel computes the forward only, each row with the same bits whatever the batch; both gradients run Triton's
+kernels where they are available, else the reference (which refuses batch_invariant).
+
+Shapes: M rows, D in, N out, K copies, S distinct weightings.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ def forward(
     row_map_M: Tensor,
     bias_N: Tensor | None,
     bias_deltas_NK: Tensor | None,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Return y_MN in x's dtype.
 
@@ -31,9 +35,17 @@ def forward(
     return torch.ops.clp.mixed_linear_cuda_fwd(x_MD, base_ND, deltas_NKD, c_SK, row_map_M, bias_N, bias_deltas_NK)
 
 
-def backward_x(dy_MN: Tensor, base_ND: Tensor | None, deltas_NKD: Tensor, c_SK: Tensor, row_map_M: Tensor) -> Tensor:
+def backward_x(
+    dy_MN: Tensor,
+    base_ND: Tensor | None,
+    deltas_NKD: Tensor,
+    c_SK: Tensor,
+    row_map_M: Tensor,
+    *,
+    batch_invariant: bool = False,
+) -> Tensor:
     """Return dx_MD in dy's dtype: `dy @ base + sum_k c_k * (dy @ deltas[:, k])`."""
-    return _gradients().backward_x(dy_MN, base_ND, deltas_NKD, c_SK, row_map_M)
+    return _gradients().backward_x(dy_MN, base_ND, deltas_NKD, c_SK, row_map_M, batch_invariant=batch_invariant)
 
 
 def backward_deltas(
@@ -44,13 +56,17 @@ def backward_deltas(
     row_map_M: Tensor,
     needs_deltas: bool,
     needs_coefficients: bool,
+    *,
+    main_grad: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of the deltas [N, K, D] (in their dtype) and of the coefficients [S, K]; None if not needed.
 
-    d_deltas = (dy.T @ (c (x) x)).view(N, K, D)
+    d_deltas = (dy.T @ (c (x) x)).view(N, K, D), added to `main_grad` instead of returned where that is given
     d_c[s, k] = sum of <dy_m, x_m @ deltas[:, k].T> over the rows m of weighting s
     """
-    return _gradients().backward_deltas(dy_MN, x_MD, deltas_NKD, c_SK, row_map_M, needs_deltas, needs_coefficients)
+    arguments = (dy_MN, x_MD, deltas_NKD, c_SK, row_map_M, needs_deltas, needs_coefficients)
+    return _gradients().backward_deltas(*arguments, main_grad=main_grad, batch_invariant=batch_invariant)
 
 
 def _gradients() -> ModuleType:

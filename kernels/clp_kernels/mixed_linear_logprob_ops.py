@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from clp_kernels.mixed_linear_logprob_arguments import Head, Logits, Needs, Targets, check_range
-from clp_kernels.mixed_linear_ops import _library
+from clp_kernels.mixed_linear_ops import library
 
 _INPUTS = (
     "Tensor hidden, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, Tensor? bias, Tensor? bias_deltas, "
@@ -24,19 +24,19 @@ _NUM_TENSORS = 7  # of _INPUTS, before the targets
 _FLOATING = (0, 1, 2, 3, 5, 6)  # all of them but the row map: what may need a gradient, in the order of `Needs`
 # logprob [M], entropy [M], normalizer [M, 2], the gradient [M, D] of logprob by hidden; empty where not made.
 _OUTPUTS = "(Tensor, Tensor, Tensor, Tensor)"
-_library.define(
+library.define(
     f"mixed_linear_logprob({_INPUTS}, bool needs_entropy, bool differentiates_entropy, bool forms_gradient, "
     f"str backend) -> {_OUTPUTS}"
 )
-_library.define(
+library.define(
     f"mixed_linear_logprob_fwd({_INPUTS}, bool needs_entropy, bool differentiates_entropy, bool forms_gradient, "
     f"str backend) -> {_OUTPUTS}"
 )
-_library.define(
+library.define(
     f"mixed_linear_logprob_backward({_INPUTS}, Tensor normalizer, Tensor? entropy, Tensor d_logprob, "
     "Tensor? d_entropy, bool[] needs, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define("mixed_linear_logprob_backward_formed(Tensor hidden, Tensor formed, Tensor d_logprob) -> Tensor")
+library.define("mixed_linear_logprob_backward_formed(Tensor hidden, Tensor formed, Tensor d_logprob) -> Tensor")
 
 mixed_linear_logprob_op = torch.ops.clp.mixed_linear_logprob.default  # with autograd
 mixed_linear_logprob_fwd_op = torch.ops.clp.mixed_linear_logprob_fwd.default  # the same values, no autograd key
@@ -59,8 +59,8 @@ def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
 
-@torch.library.impl(_library, "mixed_linear_logprob_fwd", "CompositeExplicitAutograd")
-@torch.library.impl(_library, "mixed_linear_logprob", "CompositeExplicitAutograd")
+@torch.library.impl(library, "mixed_linear_logprob_fwd", "CompositeExplicitAutograd")
+@torch.library.impl(library, "mixed_linear_logprob", "CompositeExplicitAutograd")
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *inputs, needs_entropy, _, forms_gradient, backend = arguments
     hidden, head, targets, logits = _grouped(tuple(inputs))
@@ -71,7 +71,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logprob, _or_empty(entropy, logprob), normalizer, _or_empty(formed, logprob)
 
 
-@torch.library.impl(_library, "mixed_linear_logprob_backward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "mixed_linear_logprob_backward", "CompositeExplicitAutograd")
 def _backward_impl(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, normalizer, entropy, d_logprob, d_entropy, needs, backend = arguments
     hidden, head, targets, logits = _grouped(tuple(inputs))
@@ -82,13 +82,13 @@ def _backward_impl(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(_or_empty(gradient, hidden) for gradient in gradients)
 
 
-@torch.library.impl(_library, "mixed_linear_logprob_backward_formed", "CompositeExplicitAutograd")
+@torch.library.impl(library, "mixed_linear_logprob_backward_formed", "CompositeExplicitAutograd")
 def _backward_formed(hidden: Tensor, formed: Tensor, d_logprob: Tensor) -> Tensor:
     return (formed * d_logprob[:, None]).to(hidden.dtype)
 
 
-@torch.library.register_fake("clp::mixed_linear_logprob_fwd", lib=_library)
-@torch.library.register_fake("clp::mixed_linear_logprob", lib=_library)
+@torch.library.register_fake("clp::mixed_linear_logprob_fwd", lib=library)
+@torch.library.register_fake("clp::mixed_linear_logprob", lib=library)
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden, c = arguments[0], arguments[3]
     needs_entropy, _, forms_gradient, _ = arguments[-4:]
@@ -97,7 +97,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return c.new_empty(M), entropy, c.new_empty(M, 2), c.new_empty(hidden.shape if forms_gradient else (0,))
 
 
-@torch.library.register_fake("clp::mixed_linear_logprob_backward", lib=_library)
+@torch.library.register_fake("clp::mixed_linear_logprob_backward", lib=library)
 def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, base, deltas, c, _, bias, bias_deltas = arguments[:_NUM_TENSORS]
     inputs = (hidden, base, deltas, c, bias, bias_deltas)
@@ -108,7 +108,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-@torch.library.register_fake("clp::mixed_linear_logprob_backward_formed", lib=_library)
+@torch.library.register_fake("clp::mixed_linear_logprob_backward_formed", lib=library)
 def _backward_formed_fake(hidden: Tensor, formed: Tensor, d_logprob: Tensor) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
@@ -167,6 +167,6 @@ def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
 
 
-torch.library.register_autograd("clp::mixed_linear_logprob", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("clp::mixed_linear_logprob", _backward, setup_context=_setup_context, lib=library)
 for _name in ("clp::mixed_linear_logprob_backward", "clp::mixed_linear_logprob_backward_formed"):
-    torch.library.register_autograd(_name, _double_backward, setup_context=_no_context, lib=_library)
+    torch.library.register_autograd(_name, _double_backward, setup_context=_no_context, lib=library)

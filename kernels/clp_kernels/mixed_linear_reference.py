@@ -42,11 +42,14 @@ def forward(
     row_map_M: Tensor,
     bias_N: Tensor | None,
     bias_deltas_NK: Tensor | None,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Return y_MN in x's dtype.
 
     y = F.linear(x, base, bias) + F.linear(c (x) x, deltas.view(N, K * D)) + c @ bias_deltas.T
     """
+    _refuse(batch_invariant)
     accumulator = torch.promote_types(x_MD.dtype, torch.float32)
     # The conditioned part is built negated and subtracted: a product over zero deltas is +0, and y - (+0) keeps the
     # sign of a y of -0.0, which y + (+0) would not.
@@ -63,8 +66,17 @@ def forward(
     return y_MN.to(x_MD.dtype)
 
 
-def backward_x(dy_MN: Tensor, base_ND: Tensor | None, deltas_NKD: Tensor, c_SK: Tensor, row_map_M: Tensor) -> Tensor:
+def backward_x(
+    dy_MN: Tensor,
+    base_ND: Tensor | None,
+    deltas_NKD: Tensor,
+    c_SK: Tensor,
+    row_map_M: Tensor,
+    *,
+    batch_invariant: bool = False,
+) -> Tensor:
     """Return dx_MD in dy's dtype: `dy @ base + sum_k c_k * (dy @ deltas[:, k])`."""
+    _refuse(batch_invariant)
     accumulator = torch.promote_types(dy_MN.dtype, torch.float32)
     minus_c_MK = -c_SK.to(accumulator).index_select(0, row_map_M)
     with torch.autocast(dy_MN.device.type, enabled=False):
@@ -84,23 +96,35 @@ def backward_deltas(
     row_map_M: Tensor,
     needs_deltas: bool,
     needs_coefficients: bool,
+    *,
+    main_grad: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of the deltas [N, K, D] (in their dtype) and of the coefficients [S, K]; None if not needed.
 
-    d_deltas = (dy.T @ (c (x) x)).view(N, K, D)
+    d_deltas = (dy.T @ (c (x) x)).view(N, K, D), added to `main_grad` instead of returned where that is given
     d_c[s, k] = sum of <dy_m, x_m @ deltas[:, k].T> over the rows m of weighting s
     """
+    _refuse(batch_invariant)
     accumulator = torch.promote_types(dy_MN.dtype, torch.float32)
     d_deltas_NKD = d_c_SK = None
     with torch.autocast(dy_MN.device.type, enabled=False):
         if needs_deltas:
             cx = _weighted_copies(x_MD, c_SK.to(accumulator).index_select(0, row_map_M))
-            d_deltas_NKD = (dy_MN.to(accumulator).T @ cx).view(deltas_NKD.shape).to(deltas_NKD.dtype)
+            if main_grad is None:
+                d_deltas_NKD = (dy_MN.to(accumulator).T @ cx).view(deltas_NKD.shape).to(deltas_NKD.dtype)
+            else:
+                main_grad.flatten(1).addmm_(dy_MN.to(accumulator).T, cx)
         if needs_coefficients:
             z_MKD = _product_with_copies(dy_MN, deltas_NKD, accumulator)
             d_c_MK = torch.bmm(z_MKD, x_MD.to(accumulator)[:, :, None]).squeeze(2)
             d_c_SK = sum_by_weighting(d_c_MK, row_map_M, c_SK.shape[0]).to(c_SK.dtype)
     return d_deltas_NKD, d_c_SK
+
+
+def _refuse(batch_invariant: bool) -> None:
+    if batch_invariant:
+        raise ValueError("the reference back-end cannot promise batch_invariant: torch's GEMM orders its sums by shape")
 
 
 def sum_by_weighting(rows_MK: Tensor, row_map_M: Tensor, S: int) -> Tensor:

@@ -5,7 +5,7 @@ Legend: x_MD, dy_MN, base_ND, deltas_NKD, c_SK, row_map_M with M rows, D in, N o
 Every launcher takes strided inputs, copies none of them, reads no value on the host, uses no atomics and gives the same
 bits on every run. A row's result does not depend on the values or weightings of its neighbours (a tile of one weighting
 is not special-cased for that reason). The number of rows chooses the tile, so the bits of a row may differ between
-batch sizes. What is rounded where is said in `mixed_linear_triton_kernels`.
+batch sizes, unless `batch_invariant` asks for one tile. What is rounded where is said in `mixed_linear_triton_kernels`.
 """
 
 import contextlib
@@ -37,16 +37,19 @@ class Tile:
     num_stages: int
 
 
-def select_product_tile(num_rows: int, dtype: torch.dtype) -> Tile:
+def select_product_tile(num_rows: int, dtype: torch.dtype, batch_invariant: bool = False) -> Tile:
     """Chooses the tile of x W^T or dy W from the number of rows and the dtype of the rows alone.
 
     Args:
         num_rows: M, at least 1.
         dtype: Dtype of x; float32 takes smaller tiles because its IEEE products run on the scalar units.
+        batch_invariant: One tile for any number of rows: the reduced block sets the order of a row's sum.
 
     Returns:
         The tile; no choice of it spills registers on sm_80 or sm_90 (tests/clp_kernels/test_aot.py).
     """
+    if batch_invariant:
+        num_rows = 128
     if num_rows <= 16:
         reduced = 32 if dtype == torch.float32 else 64
         return Tile(rows=16, outs=32, reduced=reduced, num_warps=4, num_stages=4)
@@ -72,6 +75,8 @@ def forward(
     row_map_M: torch.Tensor,
     bias_N: torch.Tensor | None,
     bias_deltas_NK: torch.Tensor | None,
+    *,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Computes each row's product with its own mixed weight.
 
@@ -85,6 +90,7 @@ def forward(
         row_map_M: int32, row -> weighting, values in [0, S); not checked here (that would sync).
         bias_N: Bias, or None.
         bias_deltas_NK: Trained differences of the bias, or None.
+        batch_invariant: True gives a row the same bits in any batch.
 
     Returns:
         y [M, N] in x's dtype, contiguous; accumulated in float32, rounded once.
@@ -107,6 +113,7 @@ def forward(
         deltas_strides=deltas_NKD.stride(),
         bias_N=bias_N,
         bias_deltas_NK=bias_deltas_NK,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -116,6 +123,8 @@ def backward_x(
     deltas_NKD: torch.Tensor,
     c_SK: torch.Tensor,
     row_map_M: torch.Tensor,
+    *,
+    batch_invariant: bool = False,
 ) -> torch.Tensor:
     """Computes the gradient to x: each row of dy times its own mixed weight.
 
@@ -127,6 +136,7 @@ def backward_x(
         deltas_NKD: As in `forward`.
         c_SK: As in `forward`.
         row_map_M: As in `forward`.
+        batch_invariant: As in `forward`.
 
     Returns:
         dx [M, D] in dy's dtype; accumulated in float32 over n in order, rounded once.
@@ -148,6 +158,7 @@ def backward_x(
         deltas_strides=(stride_d, stride_k, stride_n),
         bias_N=None,
         bias_deltas_NK=None,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -159,6 +170,9 @@ def backward_deltas(
     row_map_M: torch.Tensor,
     needs_deltas: bool,
     needs_coefficients: bool,
+    *,
+    main_grad: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Computes the gradients to the deltas and to the coefficients, each only if it is asked for.
 
@@ -173,6 +187,8 @@ def backward_deltas(
         row_map_M: int32, row -> weighting.
         needs_deltas: Whether to compute d_deltas.
         needs_coefficients: Whether to compute d_c.
+        main_grad: Where given, d_deltas is added to it (in its dtype, float32) and not returned.
+        batch_invariant: Both gradients are the same bits in every run, asked for or not; they sum over the batch.
 
     Returns:
         d_deltas [N, K, D] in the deltas' dtype, or None; d_c [S, K] in the coefficients' dtype, or None. Both are
@@ -182,7 +198,13 @@ def backward_deltas(
         ValueError: A dtype or device that the kernels do not take.
     """
     _check(x_MD, dy_MN, deltas_NKD)
-    d_deltas_NKD = _launch_deltas_gradient(dy_MN, x_MD, deltas_NKD, c_SK, row_map_M) if needs_deltas else None
+    d_deltas_NKD = None
+    if needs_deltas:
+        dtype = deltas_NKD.dtype if main_grad is None else main_grad.dtype
+        d_deltas_NKD = _launch_deltas_gradient(dy_MN, x_MD, deltas_NKD, c_SK, row_map_M, dtype)
+    if d_deltas_NKD is not None and main_grad is not None:
+        main_grad.add_(d_deltas_NKD)
+        d_deltas_NKD = None
     d_c_SK = _launch_coefficients_gradient(dy_MN, x_MD, deltas_NKD, c_SK, row_map_M) if needs_coefficients else None
     return d_deltas_NKD, d_c_SK
 
@@ -228,13 +250,14 @@ def _launch_product(
     deltas_strides: tuple[int, ...],
     bias_N: torch.Tensor | None,
     bias_deltas_NK: torch.Tensor | None,
+    batch_invariant: bool,
 ) -> torch.Tensor:
     """Launches a_MR (base + sum_k c_k delta_k); strides come as (output, reduced) and (output, copy, reduced)."""
     num_rows, num_reduced = a_MR.shape
     out_MO = a_MR.new_empty((num_rows, num_outs))
     if out_MO.numel() == 0:
         return out_MO
-    tile = select_product_tile(num_rows, a_MR.dtype)
+    tile = select_product_tile(num_rows, a_MR.dtype, batch_invariant)
     grid = (triton.cdiv(num_rows, tile.rows), triton.cdiv(num_outs, tile.outs))
     tensors = (a_MR, base, deltas, c_SK, row_map_M, bias_N, bias_deltas_NK, out_MO)
     sizes = (num_rows, num_outs, num_reduced, deltas.shape[1])
@@ -263,9 +286,14 @@ def _launch_product(
 
 
 def _launch_deltas_gradient(
-    dy_MN: torch.Tensor, x_MD: torch.Tensor, deltas_NKD: torch.Tensor, c_SK: torch.Tensor, row_map_M: torch.Tensor
+    dy_MN: torch.Tensor,
+    x_MD: torch.Tensor,
+    deltas_NKD: torch.Tensor,
+    c_SK: torch.Tensor,
+    row_map_M: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    d_deltas_NKD = torch.empty(deltas_NKD.shape, dtype=deltas_NKD.dtype, device=deltas_NKD.device)
+    d_deltas_NKD = torch.empty(deltas_NKD.shape, dtype=dtype, device=deltas_NKD.device)
     if d_deltas_NKD.numel() == 0:
         return d_deltas_NKD
     N, K, D = deltas_NKD.shape

@@ -9,10 +9,9 @@ import torch
 
 from clp_kernels.backend import available_backends, check_backend_name, missing_reason, requested_backend
 
-_CPP_DTYPES = (torch.float32, torch.bfloat16)
-_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of the GPU back-ends too
 _CPP_DTYPES_OF = {  # of the other operators
-    "low_rank_linear": (torch.float32, torch.bfloat16, torch.float16),
+    "low_rank_linear": CPP_DTYPES,
     "mixed_embedding": (torch.float32, torch.bfloat16),
     "mixed_linear_logprob": (torch.float32, torch.bfloat16),
     "mixed_norm": (torch.float32, torch.bfloat16),
@@ -20,7 +19,10 @@ _CPP_DTYPES_OF = {  # of the other operators
 
 
 class Problem(NamedTuple):
-    """What the choice may depend on: M rows, D in, N out, K copies, S distinct weightings."""
+    """What the choice may depend on: M rows, D in, N out, K copies, S distinct weightings.
+
+    `batch_invariant`: whether a row's bits may depend on the rest of the batch (False) or not.
+    """
 
     device_type: str
     x_dtype: torch.dtype
@@ -31,6 +33,7 @@ class Problem(NamedTuple):
     N: int
     K: int
     S: int
+    batch_invariant: bool = False
 
 
 class OperatorCall(NamedTuple):
@@ -42,15 +45,27 @@ class OperatorCall(NamedTuple):
 
 
 def unsupported_reason(name: str, problem: Problem | OperatorCall) -> str | None:
-    """Return None if back-end `name` takes `problem`, else the field that it does not take."""
-    if name == "reference":
-        return None
+    """Return None if back-end `name` takes `problem`, else the field that it does not take.
+
+    | back-end  | device    | x                          | base           | deltas               | batch_invariant |
+    | --------- | --------- | -------------------------- | -------------- | -------------------- | --------------- |
+    | reference | any       | any                        | any            | any                  | no              |
+    | cpp       | cpu       | float32, bfloat16, float16 | the same three | the same three       | yes             |
+    | triton    | cuda, cpu | the same three             | the same three | the same three       | yes             |
+    | cuda      | cuda      | the same three             | x's dtype      | x's dtype or float32 | yes             |
+
+    float64 (every argument then) is the reference's alone. Each takes a layer without a base. Each gradient has its
+    input's dtype.
+    """
     if isinstance(problem, OperatorCall):
         return _unsupported_call(name, problem)
-    taken = _CPP_DTYPES if name == "cpp" else _GPU_DTYPES
+    if name == "reference":
+        if problem.batch_invariant:
+            return "batch_invariant is True; torch's GEMM sums a row in an order that depends on the number of rows"
+        return None
     for field, dtype in (("x", problem.x_dtype), ("base", problem.base_dtype), ("deltas", problem.deltas_dtype)):
-        if dtype is not None and dtype not in taken:
-            return f"{field} is {dtype}; back-end {name!r} takes {', '.join(map(str, taken))}"
+        if dtype is not None and dtype not in CPP_DTYPES:
+            return f"{field} is {dtype}; back-end {name!r} takes {', '.join(map(str, CPP_DTYPES))}"
     if name == "cuda" and problem.base_dtype not in (None, problem.x_dtype):
         return f"base is {problem.base_dtype}, x {problem.x_dtype}; back-end 'cuda' takes a base of x's dtype"
     if name == "cuda" and problem.deltas_dtype not in (problem.x_dtype, torch.float32):
@@ -63,6 +78,8 @@ def unsupported_reason(name: str, problem: Problem | OperatorCall) -> str | None
 
 
 def _unsupported_call(name: str, call: OperatorCall) -> str | None:
+    if name == "reference":
+        return None
     if name != "cpp":
         return f"{call.op} has no {name!r} form"
     taken = _CPP_DTYPES_OF[call.op]
@@ -77,23 +94,20 @@ def _unsupported_call(name: str, call: OperatorCall) -> str | None:
 def resolve(requested: str | None, problem: Problem | OperatorCall) -> str:
     """Return the back-end's name: the keyword, else the surrounding block's, else what `select` takes for "auto".
 
-    Args:
-        requested: the operator's keyword `backend`.
-        problem: what the call is.
-
     Raises:
-        ValueError: an unknown name, or a back-end asked for by name that does not take this call.
+        ValueError: an unknown name, or a back-end that does not take `problem`.
         RuntimeError: a back-end asked for by name that this process lacks.
     """
     name = requested_backend() if requested is None else check_backend_name(requested)
     if name == "auto":
-        return select(problem, available_backends())
+        name = select(problem, available_backends())
     reason = missing_reason(name)
     if reason is not None:
         raise RuntimeError(f"back-end {name!r} is not available: {reason}")
     reason = unsupported_reason(name, problem)
     if reason is not None:
-        raise ValueError(f"back-end {name!r} does not take this call: {reason}; use backend='auto' or 'reference'")
+        remedy = "call without it" if name == "reference" else "use backend='auto' or 'reference'"
+        raise ValueError(f"back-end {name!r} does not take this call: {reason}; {remedy}")
     return name
 
 

@@ -23,7 +23,7 @@ def problem(device: str, x: torch.dtype, base: torch.dtype | None, deltas: torch
         ("cpu", BF16, BF16, BF16, ALL, "cpp"),
         ("cpu", F32, None, F32, ALL, "cpp"),
         ("cpu", BF16, F32, F32, ALL, "cpp"),
-        ("cpu", F16, F16, F32, ALL, "reference"),
+        ("cpu", F16, F16, F32, ALL, "cpp"),
         ("cpu", F64, F64, F64, ALL, "reference"),
         ("cpu", F32, F32, F32, NOTHING, "reference"),
         ("cuda", BF16, BF16, F32, ALL, "triton"),
@@ -40,9 +40,9 @@ def test_auto(device, x, base, deltas, missing, expected):
 @pytest.mark.parametrize(
     ("name", "device", "x", "base", "deltas", "says"),
     [
-        ("cpp", "cpu", F16, F16, F32, "x is torch.float16"),
-        ("cpp", "cpu", F32, F16, F32, "base is torch.float16"),
-        ("cpp", "cpu", F32, F32, F16, "deltas is torch.float16"),
+        ("cpp", "cpu", F64, F32, F32, "x is torch.float64"),
+        ("cpp", "cpu", F32, F64, F32, "base is torch.float64"),
+        ("cpp", "cpu", F32, F32, F64, "deltas is torch.float64"),
         ("cpp", "cuda", F32, F32, F32, "x is on 'cuda'"),
         ("cuda", "cpu", F32, F32, F32, "x is on 'cpu'"),
         ("cuda", "cuda", BF16, F32, F32, "base is torch.float32"),
@@ -146,4 +146,4 @@ def test_by_name_and_unsupported():
     if clp_kernels.available_backends()["cpp"] is not None:
         pytest.skip("cpp is not built")
     with pytest.raises(ValueError, match=r"takes torch\.float32, torch\.bfloat16"):
-        clp_kernels.mixed_linear(x.half(), base.half(), deltas.half(), c, backend="cpp")
+        clp_kernels.mixed_linear(x.double(), base.double(), deltas.double(), c.double(), backend="cpp")

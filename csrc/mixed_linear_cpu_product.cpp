@@ -1,0 +1,177 @@
+// Many rows: panels of the mix, small enough for a cache, go straight into torch's product; the mix never exists whole.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+
+#include "mixed_linear_cpu_ops.h"
+
+namespace clp {
+
+namespace {
+
+// Of the output. Measured with float32 2048 x 2048 weights on one Zen 3 core (512 KiB second-level cache), 2048 rows:
+// panels of 256 columns take 1.00 of the time of one product with the whole weight, 128 1.15, 64 1.32; a panel need not
+// fit that cache.
+constexpr int64_t kColumns = 256;
+
+// Lengths of the sum and rows of one block, so that panel, rows and results make up at most 3.5 MiB.
+constexpr int64_t kLength = 3584;
+constexpr int64_t kStagedLength = 1024, kStagedRows = 512;
+// With own blocks the panel exists once more, packed.
+constexpr int64_t kOwnRows = 256;
+
+// The length of equal blocks, none above `most`; at least 1.
+int64_t even_blocks(int64_t size, int64_t most) {
+  return size == 0 ? 1 : ceil_div(size, ceil_div(size, most));
+}
+
+Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step) {
+  return torch::stable::from_blob(const_cast<float*>(data), {rows, columns}, {row_step, column_step},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
+                                  torch::headeronly::ScalarType::Float);
+}
+
+int64_t padded(int64_t columns) {
+  const int64_t width = kernels_in_use().panel_rows;
+  return ceil_div(columns, width) * width;
+}
+
+class Run {
+ public:
+  explicit Run(const Product& product)
+      : product_(product),
+        weights_(product.args.weights),
+        is_staged_(!product.a.is_float() || !product.out || !product.plan.order.empty() ||
+                   product.terms.back().row_scale >= 0),
+        // Own blocks: the same for every batch, staged or not.
+        length_(even_blocks(product.length(), is_staged_ || product.own ? kStagedLength : kLength)),
+        columns_(std::min(kColumns, product.columns())),
+        rows_(std::min(product.own ? kOwnRows : kStagedRows, product.args.M)),
+        multiplier_(product.own, length_, columns_),
+        panel_(columns_ * length_),
+        staged_(is_staged_ ? rows_ * length_ : 0),
+        tile_(product.out ? 0 : rows_ * columns_) {}
+
+  void run() {
+    for (int64_t j0 = 0; j0 < product_.columns(); j0 += columns_) {
+      const int64_t j1 = std::min(product_.columns(), j0 + columns_);
+      for (size_t g = 0; g < product_.segments.size(); g++) {
+        const Segment& segment = product_.segments[g];
+        const int64_t step = is_staged_ ? rows_ : std::max<int64_t>(segment.end - segment.begin, 1);
+        in_panel_ = nullptr;
+        for (int64_t m0 = segment.begin; m0 < segment.end; m0 += step) {
+          run_tile(&product_.terms[g * product_.terms_each], m0, std::min(segment.end, m0 + step), j0, j1);
+        }
+      }
+    }
+  }
+
+ private:
+  void run_tile(const Term* terms, int64_t m0, int64_t m1, int64_t j0, int64_t j1) {
+    Tile tile{m0, m1, j0, j1, tile_.get(), j1 - j0};
+    if (product_.out) {
+      tile.data = product_.out + m0 * product_.columns() + j0;
+      tile.step = product_.columns();
+    }
+    bool add = false;
+    for (const Term* term = terms; term < terms + product_.terms_each; term++) {
+      for (int64_t i0 = 0; i0 < product_.length() || i0 == 0; i0 += length_, add = true) {
+        const int64_t i1 = std::min(product_.length(), i0 + length_);
+        multiplier_.run(rows(*term, m0, m1, i0, i1), panel(*term, i0, i1, j0, j1), add, tile.data, tile.step);
+      }
+    }
+    if (product_.finish) product_.finish(tile);
+  }
+
+  // The term's block as it is in memory, where it is one float32 stream, else its panel. Columns of it are columns of
+  // out.
+  Matrix panel(const Term& term, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    const int64_t n0 = product_.transposed ? i0 : j0, n1 = product_.transposed ? i1 : j1;
+    const int64_t d0 = product_.transposed ? j0 : i0, d1 = product_.transposed ? j1 : i1;
+    const auto matrix = [&](const float* data, int64_t step) {
+      return product_.transposed ? Matrix{data, i1 - i0, j1 - j0, step, 1} : Matrix{data, i1 - i0, j1 - j0, 1, step};
+    };
+    const Weights& w = weights_;
+    const bool base_alone = term.mix.base && term.mix.count == 0, copy_alone = term.row_scale >= 0;
+    if (base_alone && w.base_dtype == Dtype::f32) {
+      return matrix(static_cast<const float*>(w.base) + n0 * w.D + d0, w.D);
+    }
+    if (copy_alone && w.deltas_dtype == Dtype::f32) {
+      return matrix(static_cast<const float*>(w.deltas) + (n0 * w.K + term.row_scale) * w.D + d0, w.K * w.D);
+    }
+    if (in_panel_ != &term || first_in_panel_ != i0) {
+      const Kernels& kernels = kernels_in_use();
+      const int64_t step = d1 - d0;
+      parallel(n1 - n0, step * (w.K + 1), [&](int64_t begin, int64_t end) {
+        kernels.mix(w, term.mix, n0 + begin, n0 + end, d0, d1, panel_.get() + begin * step, step);
+      });
+      in_panel_ = &term;
+      first_in_panel_ = i0;
+    }
+    return matrix(panel_.get(), d1 - d0);
+  }
+
+  // Rows of a in the order of work, as they are in memory or widened, gathered and scaled.
+  Matrix rows(const Term& term, int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
+    const int64_t length = product_.length(), size = i1 - i0;
+    const bool scaled = term.row_scale >= 0;
+    if (product_.a.is_float() && product_.plan.order.empty() && !scaled) {
+      return {product_.a.floats() + m0 * length + i0, m1 - m0, size, length, 1};
+    }
+    const Kernels& kernels = kernels_in_use();
+    parallel(m1 - m0, size, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; m++) {
+        const int64_t row = product_.plan.row(m0 + m);
+        const float scale = scaled ? product_.args.coefficients(row)[term.row_scale] : 1.0f;
+        kernels.widen(product_.a.data, product_.a.dtype, row * length + i0, size, scale, staged_.get() + m * size);
+      }
+    });
+    return {staged_.get(), m1 - m0, size, size, 1};
+  }
+
+  const Product& product_;
+  const Weights& weights_;
+  const bool is_staged_;
+  const int64_t length_, columns_, rows_;
+  const Multiplier multiplier_;
+  const Scratch panel_, staged_, tile_;
+  const Term* in_panel_ = nullptr;
+  int64_t first_in_panel_ = 0;
+};
+
+}  // namespace
+
+Multiplier::Multiplier(bool own, int64_t length, int64_t columns)
+    : own_(own),
+      packed_(own ? length * padded(columns) : 0),
+      sums_(own ? kernels_in_use().group * padded(columns) : 0) {}
+
+void Multiplier::run(const Matrix& a, const Matrix& b, bool add, float* out, int64_t out_step) const {
+  if (own_) return run_own(a, b, add, out, out_step);
+  const Tensor left = view(a.data, a.rows, a.columns, a.row_step, a.column_step);
+  const Tensor right = view(b.data, b.rows, b.columns, b.row_step, b.column_step);
+  const Tensor result = view(out, a.rows, b.columns, out_step, 1);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), add ? 1.0 : 0.0, 1.0));
+}
+
+void Multiplier::run_own(const Matrix& a, const Matrix& b, bool add, float* out, int64_t out_step) const {
+  const Kernels& kernels = kernels_in_use();
+  const int64_t width = kernels.panel_rows, length = b.rows, num_panels = ceil_div(b.columns, width);
+  std::vector<Panel> panels(num_panels);
+  for (int64_t p = 0; p < num_panels; p++) panels[p] = {p * width, std::min(width, b.columns - p * width), nullptr};
+  parallel(num_panels, width * length, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      const float* first = b.data + panels[p].first * b.column_step;
+      kernels.pack(first, panels[p].rows, length, b.column_step, b.row_step, packed_.get() + p * width * length);
+    }
+  });
+  const OwnProduct job{a.data,    a.rows,        length, a.row_step, a.column_step, panels.data(), num_panels,
+                       b.columns, packed_.get(), add,    out,        out_step};
+  parallel(ceil_div(a.rows, kernels.group), kernels.group * length * b.columns,
+           [&](int64_t begin, int64_t end) { kernels.product(job, begin, end, sums_.get()); });
+}
+
+void run_product(const Product& product) { Run(product).run(); }
+
+}  // namespace clp
