@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from clp_engine.decoding import attention_window, position_ids
 from clp_engine.model import CLPModel
-from clp_engine.rollout import Rollout, position_ids
+from clp_engine.rollout import Rollout
 
 
 def token_logprobs(
@@ -32,8 +33,8 @@ def token_logprobs(
         coefficients_GK: coefficients of each group (each row where num_generations is 1), see
             `CLPModel.coefficients`; zeros give the reference policy.
         temperature: of the policy, as the rollout was drawn with.
-        share_prompts: run each group's prompt once, its completions side by side after it in one row under a block
-            mask: G * (P + n * (L - 1)) instead of G * n * (P + L - 1) positions. For models that
+        share_prompts: run each group's prompt once, its completions one after the other in its row under a block
+            mask: at most G * (P + n * (L - 1)) instead of G * n * (P + L - 1) positions. For models that
             `shares_prompts_exactly` accepts; prompts and completions longer than a model's attention window take
             padded rows all the same, because the block mask replaces the window's.
 
@@ -41,18 +42,11 @@ def token_logprobs(
         logprobs_BL: float32, 0 after the end of a completion.
     """
     width = rollout.prompt_ids_BP.shape[1] + rollout.completion_ids_BL.shape[1]
-    if share_prompts and rollout.num_generations > 1 and width <= _attention_window(model):
+    if share_prompts and rollout.num_generations > 1 and width <= attention_window(model):
         logprobs_BL = _shared_prompt_logprobs(model, rollout, coefficients_GK, temperature)
     else:
         logprobs_BL = _padded_logprobs(model, rollout, coefficients_GK, temperature)
     return logprobs_BL * rollout.completion_mask_BL
-
-
-def _attention_window(model: Any) -> float:
-    """The least number of positions that any layer attends to; infinite where all see everything."""
-    config = getattr(model, "module", model).config.get_text_config()
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return min((window for window in windows if window), default=float("inf"))
 
 
 def _padded_logprobs(model: Any, rollout: Rollout, coefficients_GK: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -74,42 +68,67 @@ def _shared_prompt_logprobs(
 ) -> torch.Tensor:
     n, num_tokens = rollout.num_generations, rollout.completion_ids_BL.shape[1]
     prompt_ids_GP, prompt_mask_GP = rollout.prompt_ids_BP[::n], rollout.prompt_mask_BP[::n]
-    groups = prompt_ids_GP.shape[0]
+    groups = len(prompt_ids_GP)
     targets_GnL = rollout.completion_ids_BL.view(groups, n, num_tokens)
-    inputs_GC = targets_GnL[:, :, :-1].reshape(groups, -1)  # the last token of a completion predicts nothing
-    prompt_length_G1 = prompt_mask_GP.sum(dim=1, keepdim=True)
-    completion_positions = torch.arange(num_tokens - 1, device=inputs_GC.device).repeat(n)
+    # A completion's last token predicts nothing, and what follows its end is left out of the row.
+    used_GnL = rollout.completion_mask_BL.view(groups, n, num_tokens)[:, :, 1:].bool()
+    packed = _Packed(used_GnL)
+    inputs_GC = packed.gather(targets_GnL[:, :, :-1])
+    positions_GC = prompt_mask_GP.sum(dim=1, keepdim=True) + packed.gather(packed.token_GnL)
     logits_GCV = model(
         input_ids=torch.cat([prompt_ids_GP, inputs_GC], dim=1),
-        attention_mask=_group_mask(prompt_mask_GP, n, num_tokens - 1, model.dtype),
-        position_ids=torch.cat([position_ids(prompt_mask_GP), prompt_length_G1 + completion_positions], dim=1),
+        attention_mask=_group_mask(prompt_mask_GP, packed.gather(packed.block_GnL), model.dtype),
+        position_ids=torch.cat([position_ids(prompt_mask_GP), positions_GC], dim=1),
         coefficients=coefficients_GK,
         logits_to_keep=inputs_GC.shape[1] + 1,
         use_cache=False,
     ).logits
     # The first token of all n completions comes from the one last prompt position.
     first_G1V = (logits_GCV[:, :1].float() / temperature).log_softmax(dim=-1)
-    first_Gn = first_G1V.squeeze(1).gather(1, targets_GnL[:, :, 0])
-    rest_GC = _target_logprobs(logits_GCV[:, 1:], targets_GnL[:, :, 1:].reshape(groups, -1), temperature)
-    rest_GnL = rest_GC.view(groups, n, num_tokens - 1)
-    return torch.cat([first_Gn.unsqueeze(-1), rest_GnL], dim=-1).view(groups * n, num_tokens)
+    first_Gn1 = first_G1V.squeeze(1).gather(1, targets_GnL[:, :, 0]).unsqueeze(-1)
+    rest_GC = _target_logprobs(logits_GCV[:, 1:], packed.gather(targets_GnL[:, :, 1:]), temperature)
+    return torch.cat([first_Gn1, packed.scatter(rest_GC)], dim=-1).view(groups * n, num_tokens)
 
 
-def _group_mask(prompt_mask_GP: torch.Tensor, n: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+class _Packed:
+    """Where the used ones of [G, n, L] tokens go in G rows without gaps, as wide as the longest: [G, C]."""
+
+    def __init__(self, used_GnL: torch.Tensor) -> None:
+        groups, n, length = used_GnL.shape
+        used_GN = used_GnL.reshape(groups, n * length)
+        self._shape = used_GnL.shape
+        self._from = used_GN.nonzero(as_tuple=True)
+        self._to = self._from[0], (used_GN.cumsum(dim=1) - 1)[self._from]
+        self._width = int(used_GN.sum(dim=1).max()) if n * length else 0
+        device = used_GnL.device
+        self.token_GnL = torch.arange(length, device=device).expand(used_GnL.shape)
+        self.block_GnL = torch.arange(1, n + 1, device=device)[:, None].expand(used_GnL.shape)  # 0: no completion
+
+    def gather(self, values_GnL: torch.Tensor) -> torch.Tensor:
+        """Return [G, C], zero behind a row's end."""
+        packed_GC = values_GnL.new_zeros(self._shape[0], self._width)
+        return packed_GC.index_put(self._to, values_GnL.reshape(self._shape[0], -1)[self._from])
+
+    def scatter(self, packed_GC: torch.Tensor) -> torch.Tensor:
+        """Return [G, n, L], zero where no token is used."""
+        values_GN = packed_GC.new_zeros(self._shape[0], self._shape[1] * self._shape[2])
+        return values_GN.index_put(self._from, packed_GC[self._to]).view(self._shape)
+
+
+def _group_mask(prompt_mask_GP: torch.Tensor, block_GC: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Additive mask [G, 1, T, T]: causal over the prompt, and each completion sees the prompt and itself."""
-    groups, width = prompt_mask_GP.shape
-    total = width + n * length
-    block_T = torch.cat([torch.zeros(width), torch.arange(1, n + 1).repeat_interleave(length)]).to(
-        prompt_mask_GP.device
-    )
-    causal = torch.ones(total, total, dtype=torch.bool, device=prompt_mask_GP.device).tril()
-    same_block_or_prompt = (block_T[None, :] == block_T[:, None]) | (block_T[None, :] == 0)
-    keys_GT = F.pad(prompt_mask_GP.bool(), (0, n * length), value=True)
+    prompt_GP = prompt_mask_GP.bool()
+    block_GT = torch.cat([torch.zeros_like(prompt_mask_GP), block_GC], dim=1)
+    keys_GT = torch.cat([prompt_GP, block_GC > 0], dim=1)
+    total = block_GT.shape[1]
+    causal_TT = torch.ones(total, total, dtype=torch.bool, device=block_GT.device).tril()
+    in_prompt_GT = torch.cat([prompt_GP, torch.zeros_like(block_GC, dtype=torch.bool)], dim=1)
+    sees_GTT = (block_GT[:, None, :] == block_GT[:, :, None]) | in_prompt_GT[:, None, :]
     # A padding query attends to itself: a row without any key would be NaN and poison its neighbours' gradients.
-    diagonal = torch.eye(total, dtype=torch.bool, device=prompt_mask_GP.device)
-    visible = ((causal & same_block_or_prompt) & keys_GT[:, None, :]) | diagonal
-    mask = torch.zeros(groups, 1, total, total, dtype=dtype, device=prompt_mask_GP.device)
-    return mask.masked_fill_(~visible.unsqueeze(1), torch.finfo(dtype).min)
+    diagonal_TT = torch.eye(total, dtype=torch.bool, device=block_GT.device)
+    visible_GTT = (causal_TT & sees_GTT & keys_GT[:, None, :]) | diagonal_TT
+    mask_GTT = torch.zeros(visible_GTT.shape, dtype=dtype, device=block_GT.device)
+    return mask_GTT.masked_fill_(~visible_GTT, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def _target_logprobs(logits_BLV: torch.Tensor, targets_BL: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from clp_engine.model import CLPModel, tag_cache
+from clp_engine.decoding import decode
+from clp_engine.model import CLPModel
 from clp_engine.weighting import KLWeight, RewardWeights
 
 
@@ -122,7 +123,7 @@ def rollout(
     """Complete each prompt `num_generations` times under its own weighting, all in one batch.
 
     Sampling draws from `softmax(logits / temperature)` as it is (no top-k, no top-p, no penalties), whatever the
-    model's generation_config says; only that config's end-of-sequence ids are kept. The prompt of a group is run once.
+    model's generation_config says; only that config's end-of-sequence ids are kept. See `clp_engine.decoding.decode`.
 
     Args:
         model: a text policy: a CLPModel, or anything with its `generate`.
@@ -147,14 +148,11 @@ def rollout(
         weighting = {"coefficients": model.coefficients(len(prompts), reward_weights, kl_weight).to(device)}
     with (
         _evaluating(model),
-        _plain_decoding(model, processing_class, temperature if do_sample else None, max_new_tokens),
+        _plain_decoding(model, processing_class, temperature if do_sample else None),
     ):
         inputs = {"input_ids": ids_GP, "attention_mask": mask_GP, **weighting}
-        if num_generations > 1:
-            inputs = _share_prompt(model, inputs, num_generations)
-        out = model.generate(**inputs, return_dict_in_generate=True, output_logits=return_logits)
+        completion_ids, logits_BLV = decode(model, inputs, num_generations, max_new_tokens, return_logits)
         eos_ids = model.generation_config.eos_token_id
-    completion_ids = out.sequences[:, ids_GP.shape[1] :]
     is_eos = torch.isin(completion_ids, torch.tensor(_as_list(eos_ids), device=completion_ids.device))
     before = is_eos.cumsum(dim=1) - is_eos.long()
     return Rollout(
@@ -165,38 +163,8 @@ def rollout(
         ended_B=is_eos.any(dim=1),
         texts=_decode(processing_class, completion_ids, before == 0),
         num_generations=num_generations,
-        policy_logits_BLV=torch.stack(out.logits, dim=1) if return_logits else None,
+        policy_logits_BLV=logits_BLV,
     )
-
-
-def _share_prompt(model: Any, inputs: dict[str, Any], num_generations: int) -> dict[str, Any]:
-    """Repeat each prompt's rows; a conditioned model runs all but the last prompt token once and repeats the cache."""
-    repeated = {
-        name: value.repeat_interleave(num_generations, dim=0) if isinstance(value, torch.Tensor) else value
-        for name, value in inputs.items()
-    }
-    if not isinstance(model, CLPModel) or inputs["input_ids"].shape[1] < 2:
-        return repeated
-    mask = inputs["attention_mask"][:, :-1]
-    outputs = model(  # type: ignore[operator]
-        input_ids=inputs["input_ids"][:, :-1],
-        attention_mask=mask,
-        coefficients=inputs["coefficients"],
-        position_ids=position_ids(mask),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache = outputs.past_key_values
-    if not all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None])):
-        return repeated  # a recurrent state or a foreign cache
-    cache.batch_repeat_interleave(num_generations)
-    tag_cache(cache, repeated["coefficients"])
-    return {**repeated, "past_key_values": cache}
-
-
-def position_ids(mask_BT: torch.Tensor) -> torch.Tensor:
-    """Positions of left-padded rows: `(mask.cumsum(1) - 1).clamp(min=0)`, [B, T] int64."""
-    return (mask_BT.cumsum(dim=1) - 1).clamp(min=0)
 
 
 @contextmanager
@@ -212,9 +180,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_decoding(
-    model: Any, processing_class: Any, temperature: float | None, max_new_tokens: int
-) -> Iterator[None]:
+def _plain_decoding(model: Any, processing_class: Any, temperature: float | None) -> Iterator[None]:
     """Swap the model's generation_config for one that draws at `temperature` (None: greedy) and warps nothing else:
     what transformers leaves unset falls back to it and then to top_k = 50, so every field that would change the
     distribution is set or absent here.
@@ -227,7 +193,6 @@ def _plain_decoding(
     model.generation_config = GenerationConfig(
         do_sample=temperature is not None,
         **sampling,
-        max_new_tokens=max_new_tokens,
         eos_token_id=eos,
         pad_token_id=pad_token_id(processing_class),
     )

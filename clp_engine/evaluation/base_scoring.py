@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from clp_engine.model import tag_cache
-from clp_engine.rollout import Rollout, position_ids
+from clp_engine.decoding import position_ids, rows_can_be_selected, select_rows
+from clp_engine.rollout import Rollout
 
 # Reference logits of at most this many bytes per forward; at V = 49152 in float32 that is 256 positions.
 CHUNK_BYTES = 48 * 2**20
@@ -135,7 +135,7 @@ class _BaseLogits:
             logits_to_keep=1,
         )
         self._first_D1V = outputs.logits
-        self._cache = outputs.past_key_values if _rows_can_be_selected(outputs.past_key_values) else None
+        self._cache = outputs.past_key_values if rows_can_be_selected(outputs.past_key_values) else None
 
     def __call__(self, rows_U: torch.Tensor, length: int) -> torch.Tensor:
         """Return logits [U, length, V]: entry l predicts completion token l."""
@@ -161,9 +161,7 @@ class _BaseLogits:
     def _select(self, prompt_U: torch.Tensor) -> Any:
         """Return a copy of the prompts' KV cache with one row per completion, tagged with its (zero) coefficients."""
         cache: Any = copy.deepcopy(self._cache)
-        cache.batch_select_indices(prompt_U.to(self._first_D1V.device))
-        if (filled := getattr(cache, "clp_coefficients", None)) is not None:
-            tag_cache(cache, filled[prompt_U.to(filled.device)])
+        select_rows(cache, prompt_U.to(self._first_D1V.device))
         return cache
 
     def _whole_forward(self, rows_U: torch.Tensor, length: int) -> torch.Tensor:
@@ -179,9 +177,3 @@ class _BaseLogits:
             logits_to_keep=length,
         )
         return outputs.logits
-
-
-def _rows_can_be_selected(cache: Any) -> bool:
-    """Whether every layer of a KV cache can repeat rows; recurrent states and foreign caches cannot."""
-    layers = getattr(cache, "layers", None) or []
-    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
