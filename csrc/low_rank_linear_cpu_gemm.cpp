@@ -1,8 +1,7 @@
-// Products by torch's own GEMM, called through libtorch's C shim: no autograd, autocast or dispatch in between.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
+// Products by torch's own GEMM in blocks, where an argument must be widened or a result rounded.
 #include <algorithm>
 
+#include "cpu_gemm.h"
 #include "low_rank_linear_cpu_ops.h"
 
 namespace clp {
@@ -37,12 +36,6 @@ Tensor part(const Tensor& tensor, int64_t dim, int64_t start, int64_t size) {
   return start == 0 && size == tensor.size(dim) ? whole : narrow(whole, dim, start, size);
 }
 
-// out = a @ b, or, where `accumulate`, out + a @ b; float32.
-void multiply(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  STABLE_TORCH_ERROR_CODE_CHECK(accumulate ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
-                                           : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
-}
-
 // One tile of sum_of_products, of columns [start, start + out.size(1)), with float32 rows.
 void sum_tile(Tensor& out, const Tensor* first_rows, const Tensor* first_weight, const Tensor* second_rows,
               const Tensor* second_weight, const Tensor* bias, bool by_input, int64_t start) {
@@ -52,18 +45,17 @@ void sum_tile(Tensor& out, const Tensor* first_rows, const Tensor* first_weight,
   };
   const Tensor bias_tile = bias ? as_float(part(*bias, 0, start, out.size(1))) : Tensor();
   bool accumulate = false;
-  if (first_weight && bias) {  // F.linear's own call
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias_tile.get(), first_rows->get(),
-                                                           weight_of(*first_weight).get(), 1.0, 1.0));
+  if (first_weight && bias) {
+    gemm_with_bias(out, bias_tile, *first_rows, weight_of(*first_weight));
     accumulate = true;
   } else if (first_weight) {
-    multiply(out, *first_rows, weight_of(*first_weight), false);
+    gemm(out, *first_rows, weight_of(*first_weight), false);
     accumulate = true;
   } else if (bias) {
     torch::stable::copy_(out, bias_tile);
     accumulate = true;
   }
-  if (second_weight) multiply(out, *second_rows, weight_of(*second_weight), accumulate);
+  if (second_weight) gemm(out, *second_rows, weight_of(*second_weight), accumulate);
 }
 
 }  // namespace
@@ -108,7 +100,7 @@ void product_over_rows(Tensor& out, const Tensor& a, const Tensor& b) {
     for (int64_t m = 0; m < std::max<int64_t>(M, 1); m += rows_each) {  // an empty batch's product is zero
       const int64_t rows = std::min(rows_each, M - m);
       const Tensor a_rows = as_float(part(part(a, 0, m, rows), 1, j, columns));
-      multiply(sum, transpose(a_rows, 0, 1), as_float(part(b, 0, m, rows)), m > 0);
+      gemm(sum, transpose(a_rows, 0, 1), as_float(part(b, 0, m, rows)), m > 0);
     }
     if (!is_float(out)) torch::stable::copy_(target, sum);
   }

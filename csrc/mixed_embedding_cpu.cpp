@@ -27,7 +27,7 @@ const EmbeddingKernels& embedding_kernels_in_use() {
 
 Tensor checked_ids(const Tensor& ids, int64_t V) {
   STD_TORCH_CHECK(ids.dim() == 1 && ids.scalar_type() == ScalarType::Long, "ids must be int64 [M]");
-  const Tensor checked = made_contiguous(ids);
+  const Tensor checked = as_contiguous(ids);
   const int64_t* id = static_cast<const int64_t*>(checked.const_data_ptr());
   for (int64_t m = 0; m < checked.size(0); m++) {
     if (id[m] < 0 || id[m] >= V) {
@@ -40,7 +40,7 @@ Tensor checked_ids(const Tensor& ids, int64_t V) {
 
 EmbeddingTables tables_of(const Tensor& deltas, Dtype base_dtype) {
   STD_TORCH_CHECK(deltas.dim() == 3, "deltas must be [V, K, D]");
-  return {nullptr,        deltas.const_data_ptr(), base_dtype,     row_dtype(deltas, "deltas"),
+  return {nullptr,        deltas.const_data_ptr(), base_dtype,     dtype_of(deltas, "deltas"),
           deltas.size(0), deltas.size(1),          deltas.size(2)};
 }
 
@@ -73,8 +73,8 @@ Tensor zeros_where(bool needed, const Tensor& like, std::vector<int64_t> shape) 
 
 Tensor mixed_embedding_cpu_fwd(const Tensor& ids, const std::optional<Tensor>& base, const Tensor& deltas,
                                const Tensor& c, const Tensor& row_map) {
-  const Tensor copies = made_contiguous(deltas), table = base ? made_contiguous(*base) : copies;
-  EmbeddingTables tables = tables_of(copies, row_dtype(table, "base"));
+  const Tensor copies = as_contiguous(deltas), table = base ? as_contiguous(*base) : copies;
+  EmbeddingTables tables = tables_of(copies, dtype_of(table, "base"));
   if (base) {
     STD_TORCH_CHECK(table.dim() == 2 && table.size(0) == tables.V && table.size(1) == tables.D, "base must be [",
                     tables.V, ", ", tables.D, "]");
@@ -97,8 +97,8 @@ std::tuple<Tensor, Tensor, Tensor> mixed_embedding_cpu_backward(const Tensor& dy
                                                                 const Tensor& row_map, int64_t padding_idx,
                                                                 bool needs_base, bool needs_deltas,
                                                                 bool needs_coefficients) {
-  const Tensor copies = made_contiguous(deltas);
-  const EmbeddingTables tables = tables_of(copies, row_dtype(dy, "dy"));
+  const Tensor copies = as_contiguous(deltas);
+  const EmbeddingTables tables = tables_of(copies, dtype_of(dy, "dy"));
   const int64_t V = tables.V, K = tables.K, D = tables.D;
   const Tensor positions = checked_ids(ids, V);
   const int64_t M = positions.size(0);

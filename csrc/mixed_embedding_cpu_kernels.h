@@ -1,7 +1,7 @@
 // The kernels of mixed_embedding for one instruction set; included by mixed_rows_cpu_kernels.h.
 
 template <typename Base, typename Delta>
-static void embed_typed(const EmbeddingJob& job, int64_t m_begin, int64_t m_end) {
+static void embed_typed(const EmbeddingJob& job, const Base*, const Delta*, int64_t m_begin, int64_t m_end) {
   const EmbeddingTables& t = job.tables;
   const int64_t K = t.K, D = t.D;
   for (int64_t m = m_begin; m < m_end; m++) {
@@ -21,10 +21,8 @@ static void embed_typed(const EmbeddingJob& job, int64_t m_begin, int64_t m_end)
 }
 
 static void embed(const EmbeddingJob& job, int64_t m_begin, int64_t m_end) {
-  const bool wide_base = job.tables.base_dtype == Dtype::f32, wide_deltas = job.tables.deltas_dtype == Dtype::f32;
-  const auto run = wide_deltas ? (wide_base ? embed_typed<float, float> : embed_typed<Bf16, float>)
-                               : (wide_base ? embed_typed<float, Bf16> : embed_typed<Bf16, Bf16>);
-  run(job, m_begin, m_end);
+  with_types(job.tables.base_dtype, job.tables.deltas_dtype,
+             [&](const auto* base, const auto* deltas) { embed_typed(job, base, deltas, m_begin, m_end); });
 }
 
 // Rows of one id that are added one by one; the sums of such chains are added in a second sum.
@@ -57,7 +55,8 @@ CLP_INLINE void write_row(const float* from, int64_t D, To* to) {
 }
 
 template <typename Base, typename Delta>
-static void embed_grad_typed(const EmbeddingGradJob& job, int64_t group_begin, int64_t group_end, float* scratch) {
+static void embed_grad_typed(const EmbeddingGradJob& job, const Base*, const Delta*, int64_t group_begin,
+                             int64_t group_end, float* scratch) {
   const int64_t K = job.tables.K, D = job.tables.D;
   const int64_t first = job.d_base ? 0 : 1, last = job.d_deltas ? K + 1 : 1;
   for (int64_t g = group_begin; g < group_end; g++) {
@@ -77,8 +76,7 @@ static void embed_grad_typed(const EmbeddingGradJob& job, int64_t group_begin, i
 }
 
 static void embed_grad(const EmbeddingGradJob& job, int64_t group_begin, int64_t group_end, float* scratch) {
-  const bool wide_base = job.tables.base_dtype == Dtype::f32, wide_deltas = job.tables.deltas_dtype == Dtype::f32;
-  const auto run = wide_deltas ? (wide_base ? embed_grad_typed<float, float> : embed_grad_typed<Bf16, float>)
-                               : (wide_base ? embed_grad_typed<float, Bf16> : embed_grad_typed<Bf16, Bf16>);
-  run(job, group_begin, group_end, scratch);
+  with_types(job.tables.base_dtype, job.tables.deltas_dtype, [&](const auto* base, const auto* deltas) {
+    embed_grad_typed(job, base, deltas, group_begin, group_end, scratch);
+  });
 }

@@ -11,8 +11,8 @@ namespace {
 using torch::headeronly::ScalarType;
 
 Tensor checked(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "mixed_linear (cpp): ", name, " must be on the CPU");
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU");
+  return as_contiguous(tensor);
 }
 
 }  // namespace
@@ -32,13 +32,12 @@ Dtype dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half:
       return Dtype::f16;
     default:
-      STD_TORCH_CHECK(false, "mixed_linear (cpp): ", name,
-                      " must be float32, bfloat16 or float16; the reference back-end takes others");
+      STD_TORCH_CHECK(false, name, " must be float32, bfloat16 or float16; the reference back-end takes others");
   }
 }
 
 Tensor contiguous_rows(const Tensor& rows, const char* name, int64_t M, int64_t width) {
-  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == M && rows.size(1) == width, "mixed_linear (cpp): ", name,
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(0) == M && rows.size(1) == width, name,
                   " must be [", M, ", ", width, "]");
   return checked(rows, name);
 }
@@ -46,7 +45,7 @@ Tensor contiguous_rows(const Tensor& rows, const char* name, int64_t M, int64_t 
 std::vector<float> to_floats(const std::optional<Tensor>& tensor, const char* name, int64_t size) {
   if (!tensor) return {};
   const Tensor values = checked(*tensor, name);
-  STD_TORCH_CHECK(values.numel() == size, "mixed_linear (cpp): ", name, " must hold ", size, " values, got ",
+  STD_TORCH_CHECK(values.numel() == size, name, " must hold ", size, " values, got ",
                   values.numel());
   std::vector<float> floats(size);
   kernels_in_use().widen(values.const_data_ptr(), dtype_of(values, name), 0, size, 1.0f, floats.data());

@@ -38,10 +38,6 @@ bool fits(const Tensor& x, const std::optional<Tensor>& base, const Tensor& delt
          (!bias_deltas || has_sizes(*bias_deltas, {N, K}));
 }
 
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 // The weighting of each of M rows where each of the S coefficient rows serves M / S rows in turn.
 Tensor row_map_of_prefix(int64_t M, int64_t S) {
   const Tensor row_map = empty_tensor({M}, ScalarType::Int);

@@ -134,7 +134,8 @@ static void all_dots(const WeightRows<Weight>& weights, const X* x, int64_t coun
       const bool same_piece = row + 2 * kDotStreams <= weights.count, next_piece = !same_piece && d + length < D;
       for (int j = 0; j < kDotStreams; j++) {
         rows.w[j] = weights.at(row + j) + d;
-        rows.next[j] = next_piece ? weights.at(j) + d + length : weights.at(row + kDotStreams + j) + (same_piece ? d : 0);
+        const Weight* ahead = weights.at(row + kDotStreams + j) + (same_piece ? d : 0);
+        rows.next[j] = next_piece ? weights.at(j) + d + length : ahead;
       }
       dot_rows<kDotStreams>(rows, x + d, count, D, length, d > 0, out + row * step, step);
     }

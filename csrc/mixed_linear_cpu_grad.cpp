@@ -92,11 +92,11 @@ class WeightGradient {
     for (int64_t m0 = begin; m0 < end; m0 += rows, add = true) {
       const int64_t m1 = std::min(end, m0 + rows);
       const Matrix dy = dy_in_place_
-                            ? Matrix{dy_.floats() + m0 * w_.N + n0_, m1 - m0, n1_ - n0_, w_.N, 1}
+                            ? read_only(dy_.floats() + m0 * w_.N + n0_, m1 - m0, n1_ - n0_, w_.N, 1)
                             : staged(dy_, m0, m1, w_.N, n0_, n1_, copy, staged_dy_.get());
-      const Matrix x = x_in_place_ ? Matrix{x_.floats() + m0 * w_.D + d0_, m1 - m0, width(), w_.D, 1}
+      const Matrix x = x_in_place_ ? read_only(x_.floats() + m0 * w_.D + d0_, m1 - m0, width(), w_.D, 1)
                                    : staged(x_, m0, m1, w_.D, d0_, d1_, -1, staged_x_.get());
-      multiplier_.run({dy.data, dy.columns, dy.rows, 1, dy.row_step}, x, add, out, step);
+      multiplier_.run({out, n1_ - n0_, width(), step, 1}, dy.transposed(), x, add);
     }
   }
 

@@ -13,18 +13,16 @@ static void widen(const void* in, Dtype dtype, int64_t offset, int64_t size, flo
   with_type(dtype, in, [&](const auto* from) { widen_row(from + offset, size, scale, out); });
 }
 
+template <typename To>
+CLP_INLINE void narrow_row(const float* in, int64_t size, const To* to) {
+  To* out = (To*)to;
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) store(out + i, load(in + i));
+  for (; i < size; i++) store_one(out + i, in[i]);
+}
+
 static void narrow(const float* in, int64_t size, void* out, Dtype dtype, int64_t offset) {
-  switch (dtype) {
-    case Dtype::f32:
-      __builtin_memcpy((float*)out + offset, in, size * 4);
-      return;
-    case Dtype::bf16:
-      for (int64_t i = 0; i < size; i++) store_one((Bf16*)out + offset + i, in[i]);
-      return;
-    case Dtype::f16:
-      for (int64_t i = 0; i < size; i++) store_one((Half*)out + offset + i, in[i]);
-      return;
-  }
+  with_type(dtype, out, [&](const auto* to) { narrow_row(in, size, to + offset); });
 }
 
 // out[i] += sum_a c[a] deltas[copies[a] * step + i], in the order of the list.

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_gemm.h"
 #include "mixed_linear_cpu_plan.h"
 
 namespace clp {
@@ -33,6 +34,11 @@ void parallel(int64_t size, int64_t work, const Body& body) {
   torch::stable::parallel_for(0, size, grain, body);
 }
 
+// The tensor itself where it is contiguous: asking the dispatcher costs a microsecond.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // Contiguous, on the CPU, not initialised. Made by the shim: torch::stable::empty looks its operator up by
 // name.
 Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype);
@@ -40,7 +46,7 @@ Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::Scalar
 // Floats from torch's allocator, which counts them; on a cache line's boundary, not initialised. Null for a size of 0.
 class Scratch {
  public:
-  explicit Scratch(int64_t size);
+  explicit Scratch(int64_t size = 0);
   float* get() const { return data_; }
 
  private:
@@ -86,23 +92,17 @@ std::vector<float> to_floats(const std::optional<Tensor>& tensor, const char* na
 
 const Kernels& kernels_in_use();
 
-// A float32 matrix in memory; one of its steps is 1.
-struct Matrix {
-  const float* data;
-  int64_t rows, columns, row_step, column_step;
-};
-
 // Products of matrices, in all of torch's threads: by torch, or in own blocks of a fixed size, whose bits depend
 // neither on the number of rows nor on that of the threads.
 class Multiplier {
  public:
   // `length`, `columns`: the most of a product's terms and columns, for own blocks.
   Multiplier(bool own, int64_t length, int64_t columns);
-  // out[i * out_step + j] = or += <row i of a, column j of b>
-  void run(const Matrix& a, const Matrix& b, bool add, float* out, int64_t out_step) const;
+  // out = or += a b
+  void run(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const;
 
  private:
-  void run_own(const Matrix& a, const Matrix& b, bool add, float* out, int64_t out_step) const;
+  void run_own(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const;
 
   const bool own_;
   const Scratch packed_;

@@ -1,6 +1,4 @@
 // Many rows: panels of the mix, small enough for a cache, go straight into torch's product; the mix never exists whole.
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
 #include <algorithm>
 
 #include "mixed_linear_cpu_ops.h"
@@ -23,12 +21,6 @@ constexpr int64_t kOwnRows = 256;
 // The length of equal blocks, none above `most`; at least 1.
 int64_t even_blocks(int64_t size, int64_t most) {
   return size == 0 ? 1 : ceil_div(size, ceil_div(size, most));
-}
-
-Tensor view(const float* data, int64_t rows, int64_t columns, int64_t row_step, int64_t column_step) {
-  return torch::stable::from_blob(const_cast<float*>(data), {rows, columns}, {row_step, column_step},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU),
-                                  torch::headeronly::ScalarType::Float);
 }
 
 int64_t padded(int64_t columns) {
@@ -77,7 +69,8 @@ class Run {
     for (const Term* term = terms; term < terms + product_.terms_each; term++) {
       for (int64_t i0 = 0; i0 < product_.length() || i0 == 0; i0 += length_, add = true) {
         const int64_t i1 = std::min(product_.length(), i0 + length_);
-        multiplier_.run(rows(*term, m0, m1, i0, i1), panel(*term, i0, i1, j0, j1), add, tile.data, tile.step);
+        const Matrix out{tile.data, m1 - m0, j1 - j0, tile.step, 1};
+        multiplier_.run(out, rows(*term, m0, m1, i0, i1), panel(*term, i0, i1, j0, j1), add);
       }
     }
     if (product_.finish) product_.finish(tile);
@@ -89,7 +82,7 @@ class Run {
     const int64_t n0 = product_.transposed ? i0 : j0, n1 = product_.transposed ? i1 : j1;
     const int64_t d0 = product_.transposed ? j0 : i0, d1 = product_.transposed ? j1 : i1;
     const auto matrix = [&](const float* data, int64_t step) {
-      return product_.transposed ? Matrix{data, i1 - i0, j1 - j0, step, 1} : Matrix{data, i1 - i0, j1 - j0, 1, step};
+      return read_only(data, i1 - i0, j1 - j0, product_.transposed ? step : 1, product_.transposed ? 1 : step);
     };
     const Weights& w = weights_;
     const bool base_alone = term.mix.base && term.mix.count == 0, copy_alone = term.row_scale >= 0;
@@ -116,7 +109,7 @@ class Run {
     const int64_t length = product_.length(), size = i1 - i0;
     const bool scaled = term.row_scale >= 0;
     if (product_.a.is_float() && product_.plan.order.empty() && !scaled) {
-      return {product_.a.floats() + m0 * length + i0, m1 - m0, size, length, 1};
+      return read_only(product_.a.floats() + m0 * length + i0, m1 - m0, size, length, 1);
     }
     const Kernels& kernels = kernels_in_use();
     parallel(m1 - m0, size, [&](int64_t begin, int64_t end) {
@@ -146,16 +139,11 @@ Multiplier::Multiplier(bool own, int64_t length, int64_t columns)
       packed_(own ? length * padded(columns) : 0),
       sums_(own ? kernels_in_use().group * padded(columns) : 0) {}
 
-void Multiplier::run(const Matrix& a, const Matrix& b, bool add, float* out, int64_t out_step) const {
-  if (own_) return run_own(a, b, add, out, out_step);
-  const Tensor left = view(a.data, a.rows, a.columns, a.row_step, a.column_step);
-  const Tensor right = view(b.data, b.rows, b.columns, b.row_step, b.column_step);
-  const Tensor result = view(out, a.rows, b.columns, out_step, 1);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), add ? 1.0 : 0.0, 1.0));
+void Multiplier::run(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const {
+  own_ ? run_own(out, a, b, add) : gemm(out, a, b, add);
 }
 
-void Multiplier::run_own(const Matrix& a, const Matrix& b, bool add, float* out, int64_t out_step) const {
+void Multiplier::run_own(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const {
   const Kernels& kernels = kernels_in_use();
   const int64_t width = kernels.panel_rows, length = b.rows, num_panels = ceil_div(b.columns, width);
   std::vector<Panel> panels(num_panels);
@@ -167,7 +155,7 @@ void Multiplier::run_own(const Matrix& a, const Matrix& b, bool add, float* out,
     }
   });
   const OwnProduct job{a.data,    a.rows,        length, a.row_step, a.column_step, panels.data(), num_panels,
-                       b.columns, packed_.get(), add,    out,        out_step};
+                       b.columns, packed_.get(), add,    out.data,   out.row_step};
   parallel(ceil_div(a.rows, kernels.group), kernels.group * length * b.columns,
            [&](int64_t begin, int64_t end) { kernels.product(job, begin, end, sums_.get()); });
 }

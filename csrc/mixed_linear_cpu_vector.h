@@ -97,6 +97,31 @@ CLP_INLINE void store_one(Half* p, float value) {
   p->bits = (uint16_t)(sign | rounded);
 }
 
+// The bits of float32 values rounded to bfloat16, in the upper halves of the lanes: as store_one rounds.
+CLP_INLINE VecUint round_to_bf16(Vec value) {
+  const VecUint bits = (VecUint)value;
+  const VecUint rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const VecUint is_nan = (VecUint)(value != value);
+  return ((rounded & ~is_nan) | (is_nan & 0x7fc00000)) & 0xffff0000;
+}
+
+CLP_INLINE void store(Bf16* p, Vec v) {
+  const VecHalf half = __builtin_convertvector(round_to_bf16(v) >> 16, VecHalf);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+CLP_INLINE void store(Half* p, Vec v) {
+#ifdef CLP_F16C
+  for (int i = 0; i < kWidth; i += 8) {
+    __m256 wide;
+    __builtin_memcpy(&wide, (const char*)&v + 4 * i, 32);
+    _mm_storeu_si128((__m128i*)(p + i), _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
+  for (int i = 0; i < kWidth; i++) store_one(p + i, v[i]);
+#endif
+}
+
 // Calls `function` with the pointer in the dtype's type.
 template <typename Function>
 CLP_INLINE void with_type(Dtype dtype, const void* values, const Function& function) {
@@ -108,6 +133,12 @@ CLP_INLINE void with_type(Dtype dtype, const void* values, const Function& funct
     case Dtype::f16:
       return function((const Half*)values);
   }
+}
+
+// Calls `function` with null pointers of both dtypes' types.
+template <typename Function>
+CLP_INLINE void with_types(Dtype first, Dtype second, const Function& function) {
+  with_type(first, nullptr, [&](const auto* a) { with_type(second, nullptr, [&](const auto* b) { function(a, b); }); });
 }
 
 // value - 0 is value for every value, so this is one broadcast; 0 + value would be an addition, for the sake of -0.

@@ -16,7 +16,7 @@ void finish_gradient(const LogprobCall& call) {
   MixJob whole{call.args.weights.base, call.args.weights.deltas, call.args.weights.base_dtype,
                call.args.weights.deltas_dtype, call.job.K, call.job.K, call.job.D, nullptr, nullptr};
   const LogprobKernels& kernels = logprob_kernels_in_use();
-  share(call.job.M, call.job.D * (call.job.K + 2), [&](int64_t begin, int64_t end) {
+  parallel(call.job.M, call.job.D * (call.job.K + 2), [&](int64_t begin, int64_t end) {
     std::vector<float> row(call.job.D);
     kernels.finish({whole, &call.job, row.data()}, begin, end);
   });
@@ -35,7 +35,7 @@ void mixed_linear_logprob_cpu_fwd(const Tensor& hidden, const std::optional<Tens
                     logit_scale, softcap});
   RowsJob& job = call.job;
   std::vector<RowState> states(job.M, RowState{-FLT_MAX, 0.0f, 0.0f, 0.0, 0.0});
-  const Scratch sorted = formed && !call.keeps_order() ? Scratch(c, job.M * job.D) : Scratch();
+  const Scratch sorted = formed && !call.keeps_order() ? Scratch(job.M * job.D) : Scratch();
   job.states = states.data();
   job.needs_weighted = entropy.has_value();
   if (formed) job.gradient = sorted.get() ? sorted.get() : floats_of(*formed);

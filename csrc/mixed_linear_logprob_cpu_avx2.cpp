@@ -1,17 +1,18 @@
-// Kernels for AVX2 and FMA; run only where the processor has it.
+// Kernels for AVX2, FMA and F16C; run only where the processor has it.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include "mixed_linear_logprob_cpu.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 #define CLP_ISA avx2
 #define CLP_WIDTH 8
+#define CLP_F16C
 #include "mixed_linear_logprob_cpu_kernels.h"
 
 #if defined(__clang__)

@@ -5,13 +5,14 @@
 #include "mixed_linear_logprob_cpu.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx2,fma,f16c"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx2,fma")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx2,fma,f16c")
 #endif
 
 #define CLP_ISA avx512
 #define CLP_WIDTH 16
+#define CLP_F16C
 #include "mixed_linear_logprob_cpu_kernels.h"
 
 #if defined(__clang__)

@@ -1,10 +1,8 @@
 #include "mixed_linear_logprob_cpu_call.h"
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "cpu_features.h"
 
@@ -21,27 +19,12 @@ constexpr int64_t kSmallestChunk = 64, kLargestChunk = 1024;
 // Mixing one stream of weights once costs as much as the product of so many rows with it.
 constexpr int64_t kRowsOfMix = 8;
 
-Tensor view_of(const Matrix& m) {
-  return torch::stable::from_blob(m.data, {m.rows, m.columns}, {m.row_step, m.column_step},
-                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
-}
-
 const void* offset(const void* values, Dtype dtype, int64_t elements) {
   if (values == nullptr) return nullptr;
   return static_cast<const char*>(values) + elements * (dtype == Dtype::f32 ? 4 : 2);
 }
 
 }  // namespace
-
-// Rounds to nearest, ties to even; a NaN stays one.
-void copy_to_bf16(const float* values, int64_t size, Bf16* out) {
-  for (int64_t i = 0; i < size; i++) {
-    uint32_t bits;
-    std::memcpy(&bits, values + i, 4);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    out[i].bits = static_cast<uint16_t>(values[i] != values[i] ? 0x7fc0 : rounded);
-  }
-}
 
 const LogprobKernels& logprob_kernels_in_use() {
 #if defined(__x86_64__)
@@ -58,19 +41,6 @@ const LogprobKernels& logprob_kernels_in_use() {
   return logprob_kernels_portable;
 }
 
-// By the C functions that AOTInductor's compiled models call: the dispatcher's stable call takes no Scalar, which addmm
-// has.
-void multiply_into(const Matrix& out, const Matrix& a, const Matrix& b, bool adds) {
-  if (out.rows == 0 || out.columns == 0) return;
-  const Tensor result = view_of(out), left = view_of(a), right = view_of(b);
-  if (adds) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
-  }
-}
-
 LogprobCall::LogprobCall(const LogprobTensors& t) : args(t.base, t.deltas, t.c, t.row_map) {
   const Weights& w = args.weights;
   bias_ = to_floats(t.bias, "bias", w.N);
@@ -85,7 +55,7 @@ LogprobCall::LogprobCall(const LogprobTensors& t) : args(t.base, t.deltas, t.c, 
   job.slope = static_cast<float>(t.logit_scale / t.temperature);
   job.scale = t.softcap ? static_cast<float>(t.logit_scale / *t.softcap) : job.slope;
   job.cap = t.softcap ? static_cast<float>(*t.softcap / t.temperature) : 0.0f;
-  choose_sizes(t.c);
+  choose_sizes();
 }
 
 // Keeps the rows that have a target, sorted by weighting, and stages them as float32 where they are not so already.
@@ -115,15 +85,13 @@ void LogprobCall::plan(const LogprobTensors& t) {
     targets_.push_back(targets[rows_[m]]);
   }
   const Dtype dtype = dtype_of(hidden, "hidden");
-  STD_TORCH_CHECK(dtype != Dtype::f16 && w.base_dtype != Dtype::f16 && w.deltas_dtype != Dtype::f16,
-                  "mixed_linear_logprob (cpp): takes float32 and bfloat16, no float16");
   hidden_ = hidden;
   if (job.M == rows && by_weighting.order.empty()) rows_.clear();
   if (keeps_order() && dtype == Dtype::f32) {
     x_ = static_cast<const float*>(hidden.const_data_ptr());
     return;
   }
-  staged_ = Scratch(t.c, job.M * D);
+  staged_ = Scratch(job.M * D);
   const Kernels& kernels = kernels_in_use();
   for (int64_t m = 0; m < job.M; m++) {
     kernels.widen(hidden.const_data_ptr(), dtype, row_of(m) * D, D, 1.0f, staged_.get() + m * D);
@@ -131,7 +99,7 @@ void LogprobCall::plan(const LogprobTensors& t) {
   x_ = staged_.get();
 }
 
-void LogprobCall::choose_sizes(const Tensor& like) {
+void LogprobCall::choose_sizes() {
   const Weights& w = args.weights;
   const int64_t streams = w.K + (w.base ? 1 : 0), num_segments = static_cast<int64_t>(segments.size());
   mixes = num_segments * streams * kRowsOfMix < job.M * (streams - 1);
@@ -142,10 +110,10 @@ void LogprobCall::choose_sizes(const Tensor& like) {
   // Also the products G_s of backward: all segments' of at least kSmallestChunk columns.
   panel_floats = std::max(chunk * w.D, mixes ? num_segments * chunk * std::min(w.D, kSmallestChunk) : 0);
   if (job.M == 0) return;
-  panel_ = Scratch(like, panel_floats);
-  logits_ = Scratch(like, job.M * job.stride);
+  panel_ = Scratch(panel_floats);
+  logits_ = Scratch(job.M * job.stride);
   job.logits = logits_.get();
-  if (!mixes) copies_ = Scratch(like, w.K * job.M * job.stride);
+  if (!mixes) copies_ = Scratch(w.K * job.M * job.stride);
   if (mixes) job.has_base = true;  // the mix is one product
   job.copies = copies_.get();
   if (!bias_.empty()) chunk_bias_.resize(job.stride);
@@ -181,7 +149,7 @@ Matrix LogprobCall::mixed(const float* c, int64_t copies, int64_t first_copy, bo
   mix.copies = copies;
   mix.c = c;
   const LogprobKernels& kernels = logprob_kernels_in_use();
-  share(job.tokens, mix.D * (copies + 1), [&](int64_t begin, int64_t end) { kernels.mix(mix, begin, end); });
+  parallel(job.tokens, mix.D * (copies + 1), [&](int64_t begin, int64_t end) { kernels.mix(mix, begin, end); });
   return panel(mix.D);
 }
 
@@ -199,18 +167,18 @@ Matrix LogprobCall::stream(int64_t k) const {
 }
 
 void LogprobCall::run_rows(RowsKernel kernel, int64_t begin, int64_t end) const {
-  share(end - begin, 8 * job.stride,
+  parallel(end - begin, 8 * job.stride,
         [&](int64_t first, int64_t last) { kernel(job, begin + first, begin + last); });
 }
 
 void LogprobCall::run_sums(const SumsJob& sums) const {
   const LogprobKernels& kernels = logprob_kernels_in_use();
   if (sums.d_bias || sums.d_bias_deltas) {
-    share(job.stride / kLogitLanes, job.M * kLogitLanes,
+    parallel(job.stride / kLogitLanes, job.M * kLogitLanes,
           [&](int64_t begin, int64_t end) { kernels.sum_columns(sums, begin, end); });
   }
   if (sums.d_c && (job.copies || job.bias_deltas)) {
-    share(job.M, job.stride, [&](int64_t begin, int64_t end) { kernels.sum_rows(sums, begin, end); });
+    parallel(job.M, job.stride, [&](int64_t begin, int64_t end) { kernels.sum_rows(sums, begin, end); });
   }
 }
 
@@ -227,41 +195,35 @@ void LogprobCall::process_segments(RowsKernel kernel, float* gradient) {
   for (const Segment& segment : segments) {
     const Matrix weights = mixed(job.c + segment.weighting * job.K, job.K, 0, true);
     const Matrix rows = logits().row_range(segment.begin, segment.end);
-    multiply_into(rows, rows_of_hidden().row_range(segment.begin, segment.end), weights.transposed(), false);
+    gemm(rows, rows_of_hidden().row_range(segment.begin, segment.end), weights.transposed(), false);
     run_rows(kernel, segment.begin, segment.end);
     if (!gradient) continue;
     const Matrix out{gradient, job.M, job.D, job.D, 1};
-    multiply_into(out.row_range(segment.begin, segment.end), rows, weights, true);
+    gemm(out.row_range(segment.begin, segment.end), rows, weights, true);
   }
 }
 
 void LogprobCall::process_streams(RowsKernel kernel, const SumsJob* sums, float* gradient) {
   const LogprobKernels& kernels = logprob_kernels_in_use();
-  if (job.has_base) multiply_into(logits(), rows_of_hidden(), stream(-1).transposed(), false);
-  for (int64_t k = 0; k < job.K; k++) multiply_into(copy(k), rows_of_hidden(), stream(k).transposed(), false);
+  if (job.has_base) gemm(logits(), rows_of_hidden(), stream(-1).transposed(), false);
+  for (int64_t k = 0; k < job.K; k++) gemm(copy(k), rows_of_hidden(), stream(k).transposed(), false);
   run_rows(kernel, 0, job.M);
   if (sums) run_sums(*sums);
   if (!gradient && !sums) return;
   const Matrix out{gradient, job.M, job.D, job.D, 1};
-  if (job.has_base && gradient) multiply_into(out, logits(), stream(-1), true);
+  if (job.has_base && gradient) gemm(out, logits(), stream(-1), true);
   for (int64_t k = 0; k < job.K; k++) {
-    share(job.M, job.stride,
+    parallel(job.M, job.stride,
           [&](int64_t begin, int64_t end) { kernels.weight_rows(job, k, copy(k).data, begin, end); });
-    if (gradient) multiply_into(out, copy(k), stream(k), true);
+    if (gradient) gemm(out, copy(k), stream(k), true);
   }
 }
 
 void LogprobCall::scatter_rows(const float* values, const Tensor& out) const {
-  const int64_t D = job.D;
-  const bool is_wide = dtype_of(out, "d_hidden") == Dtype::f32;
-  char* data = static_cast<char*>(out.mutable_data_ptr());
+  const Kernels& kernels = kernels_in_use();
+  const Dtype dtype = dtype_of(out, "d_hidden");
   for (int64_t m = 0; m < job.M; m++) {
-    const float* from = values + m * D;
-    if (is_wide) {
-      std::copy_n(from, D, reinterpret_cast<float*>(data) + row_of(m) * D);
-    } else {
-      copy_to_bf16(from, D, reinterpret_cast<Bf16*>(data) + row_of(m) * D);
-    }
+    kernels.narrow(values + m * job.D, job.D, out.mutable_data_ptr(), dtype, row_of(m) * job.D);
   }
 }
 

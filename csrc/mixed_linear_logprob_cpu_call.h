@@ -11,43 +11,6 @@ namespace clp::logprob {
 
 const LogprobKernels& logprob_kernels_in_use();
 
-// Runs body(begin, end) over `size` items of `work` multiply-adds in torch's threads; on the calling one alone where
-// all of it is not worth waking others, which costs a few microseconds.
-template <typename Body>
-void share(int64_t size, int64_t work, const Body& body) {
-  parallel(size, work, body);
-}
-
-// A matrix of float32 anywhere in memory.
-struct Matrix {
-  float* data;
-  int64_t rows, columns, row_step, column_step;
-
-  Matrix transposed() const { return {data, columns, rows, column_step, row_step}; }
-  Matrix row_range(int64_t begin, int64_t end) const {
-    return {data + begin * row_step, end - begin, columns, row_step, column_step};
-  }
-  Matrix column_range(int64_t begin, int64_t end) const {
-    return {data + begin * column_step, rows, end - begin, row_step, column_step};
-  }
-};
-
-// out = a b, or out += a b: torch's product, in place.
-void multiply_into(const Matrix& out, const Matrix& a, const Matrix& b, bool adds);
-
-// Floats from torch's allocator, so that its statistics count them; not initialised.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Tensor& like, int64_t size) : tensor_(torch::stable::new_empty(like, {size})) {}
-  float* get() const { return tensor_ ? static_cast<float*>(tensor_->mutable_data_ptr()) : nullptr; }
-
- private:
-  std::optional<Tensor> tensor_;
-};
-
-void copy_to_bf16(const float* values, int64_t size, Bf16* out);
-
 struct LogprobTensors {
   const Tensor& hidden;
   const std::optional<Tensor>& base;
@@ -86,7 +49,7 @@ class LogprobCall {
   Matrix logits() const { return {job.logits, job.M, job.tokens, job.stride, 1}; }
   // c_k times logits' gradients, after process_rows, where rows are not mixed by segment.
   Matrix copy(int64_t k) const { return {copies_.get() + k * job.M * job.stride, job.M, job.tokens, job.stride, 1}; }
-  Matrix rows_of_hidden() const { return {const_cast<float*>(x_), job.M, job.D, job.D, 1}; }
+  Matrix rows_of_hidden() const { return read_only(x_, job.M, job.D, job.D, 1); }
 
   MixedLinearArgs args;
   std::vector<Segment> segments;
@@ -97,7 +60,7 @@ class LogprobCall {
 
  private:
   void plan(const LogprobTensors& tensors);
-  void choose_sizes(const Tensor& like);
+  void choose_sizes();
   void process_segments(RowsKernel kernel, float* gradient);
   void process_streams(RowsKernel kernel, const SumsJob* sums, float* gradient);
   void run_rows(RowsKernel kernel, int64_t begin, int64_t end) const;

@@ -57,11 +57,7 @@ class Gradients {
 
  private:
   static void write(const Tensor& out, int64_t at, float value) {
-    if (dtype_of(out, "a gradient") == Dtype::f32) {
-      static_cast<float*>(out.mutable_data_ptr())[at] = value;
-    } else {
-      copy_to_bf16(&value, 1, static_cast<Bf16*>(out.mutable_data_ptr()) + at);
-    }
+    kernels_in_use().narrow(&value, 1, out.mutable_data_ptr(), dtype_of(out, "a gradient"), at);
   }
 
   // Where the chunk's part of a gradient begins.
@@ -73,7 +69,7 @@ class Gradients {
 
   void run_spread(const SpreadJob& job) const {
     const LogprobKernels& kernels = logprob_kernels_in_use();
-    share(job.tokens, job.columns * (1 + job.num_segments * job.weights.K),
+    parallel(job.tokens, job.columns * (1 + job.num_segments * job.weights.K),
           [&](int64_t begin, int64_t end) { kernels.spread(job, begin, end); });
   }
 
@@ -92,7 +88,7 @@ class Gradients {
         const Matrix dy = call_.logits().row_range(segment.begin, segment.end);
         const Matrix x = call_.rows_of_hidden().row_range(segment.begin, segment.end).column_range(d0, d0 + width);
         const Matrix product{products + g * job.tokens * width, job.tokens, width, width, 1};
-        multiply_into(product, dy.transposed(), x, false);
+        gemm(product, dy.transposed(), x, false);
       }
       MixJob weights = call_.chunk_weights();
       weights.c = job.c;
@@ -113,11 +109,11 @@ class Gradients {
     MixJob weights = call_.chunk_weights();
     if ((k < 0 ? weights.base_dtype : weights.deltas_dtype) == Dtype::f32) {
       const Matrix direct{static_cast<float*>(out), job.tokens, job.D, k < 0 ? job.D : job.K * job.D, 1};
-      multiply_into(direct, dy.transposed(), call_.rows_of_hidden(), false);
+      gemm(direct, dy.transposed(), call_.rows_of_hidden(), false);
       return;
     }
     const Matrix product = call_.panel(job.D);
-    multiply_into(product, dy.transposed(), call_.rows_of_hidden(), false);
+    gemm(product, dy.transposed(), call_.rows_of_hidden(), false);
     const Segment all{0, job.M, 0};
     weights.copies = k < 0 ? 0 : 1;
     void *d_base = k < 0 ? out : nullptr, *d_deltas = k < 0 ? nullptr : out;
@@ -158,7 +154,7 @@ void mixed_linear_logprob_cpu_backward(
   job.entropy = entropies.data();
   job.d_entropy = d_entropy ? d_entropies.data() : nullptr;
   const bool in_place = d_hidden && call.keeps_order() && dtype_of(*d_hidden, "d_hidden") == Dtype::f32;
-  const Scratch sorted = d_hidden && !in_place ? Scratch(c, job.M * job.D) : Scratch();
+  const Scratch sorted = d_hidden && !in_place ? Scratch(job.M * job.D) : Scratch();
   if (sorted.get()) std::fill_n(sorted.get(), job.M * job.D, 0.0f);
   float* gradient = in_place ? static_cast<float*>(d_hidden->mutable_data_ptr()) : sorted.get();
   Gradients gradients(call, d_base, d_deltas, d_c, d_bias, d_bias_deltas);

@@ -1,5 +1,6 @@
 // The kernels of mixed_linear_logprob for one instruction set. The including file has set the compiler's target and
-// defines CLP_ISA and CLP_WIDTH, as for mixed_linear_cpu_kernels.h; all but the table is internal for the same reason.
+// defines CLP_ISA, CLP_WIDTH and, where the set converts float16, CLP_F16C, as for mixed_linear_cpu_kernels.h; all but
+// the table is internal for the same reason.
 
 #define CLP_JOIN_(a, b) a##b
 #define CLP_JOIN(a, b) CLP_JOIN_(a, b)

@@ -21,10 +21,16 @@ static void mix_token(const MixJob& job, int64_t v, const float* c, float* out) 
 
 typedef void (*MixToken)(const MixJob&, int64_t, const float*, float*);
 
+template <typename Base, typename Delta>
+CLP_INLINE MixToken mix_token_of(const Base*, const Delta*) {
+  return mix_token<Base, Delta>;
+}
+
 static MixToken mix_token_for(const MixJob& job) {
-  const bool wide_base = job.base_dtype == Dtype::f32, wide_deltas = job.deltas_dtype == Dtype::f32;
-  return wide_deltas ? (wide_base ? mix_token<float, float> : mix_token<Bf16, float>)
-                     : (wide_base ? mix_token<float, Bf16> : mix_token<Bf16, Bf16>);
+  MixToken run = nullptr;
+  with_types(job.base_dtype, job.deltas_dtype,
+             [&](const auto* base, const auto* deltas) { run = mix_token_of(base, deltas); });
+  return run;
 }
 
 static void mix(const MixJob& job, int64_t token_begin, int64_t token_end) {
@@ -42,12 +48,6 @@ static void finish(const FinishJob& job, int64_t row_begin, int64_t row_end) {
     float* gradient = rows.gradient + m * rows.D;
     for (int64_t d = 0; d < rows.D; d++) gradient[d] = of_target * job.row[d] - of_sum * gradient[d];
   }
-}
-
-CLP_INLINE void store(Bf16* p, Vec v) {
-  float lane[kWidth];
-  store(lane, v);
-  for (int i = 0; i < kWidth; i++) store_one(p + i, lane[i]);
 }
 
 // out[i] = sum_s c[s] product_s[i], c null: all one
@@ -84,7 +84,7 @@ static double inner_product(const Delta* delta, const float* product, int64_t si
 }
 
 template <typename Base, typename Delta>
-static void spread_token(const SpreadJob& job, int64_t v) {
+static void spread_token(const SpreadJob& job, const Base*, const Delta*, int64_t v) {
   const MixJob& w = job.weights;
   const float* product = job.products + v * job.columns;
   if (job.d_base) weigh_segments<Base>(job, product, nullptr, (Base*)job.d_base + v * w.D + job.d0);
@@ -99,8 +99,7 @@ static void spread_token(const SpreadJob& job, int64_t v) {
 }
 
 static void spread(const SpreadJob& job, int64_t token_begin, int64_t token_end) {
-  const bool wide_base = job.weights.base_dtype == Dtype::f32, wide_deltas = job.weights.deltas_dtype == Dtype::f32;
-  const auto run = wide_deltas ? (wide_base ? spread_token<float, float> : spread_token<Bf16, float>)
-                               : (wide_base ? spread_token<float, Bf16> : spread_token<Bf16, Bf16>);
-  for (int64_t v = token_begin; v < token_end; v++) run(job, v);
+  with_types(job.weights.base_dtype, job.weights.deltas_dtype, [&](const auto* base, const auto* deltas) {
+    for (int64_t v = token_begin; v < token_end; v++) spread_token(job, base, deltas, v);
+  });
 }

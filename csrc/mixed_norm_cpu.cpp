@@ -25,7 +25,7 @@ const NormKernels& norm_kernels_in_use() {
 
 // [D, K] as [K, D] floats.
 std::vector<float> copies_apart(const Tensor& deltas, const char* name, int64_t D, int64_t K) {
-  const std::vector<float> floats = floats_of(deltas, name, D * K);
+  const std::vector<float> floats = to_floats(deltas, name, D * K);
   if (K == 1) return floats;
   std::vector<float> apart(K * D);
   for (int64_t k = 0; k < K; k++) {
@@ -41,10 +41,10 @@ class StagedParameters {
                    const std::optional<Tensor>& bias_deltas, double offset) {
     STD_TORCH_CHECK(weight_deltas.dim() == 2, "weight_deltas must be [D, K]");
     const int64_t D = weight_deltas.size(0), K = weight_deltas.size(1);
-    weight_ = weight ? floats_of(*weight, "weight", D) : std::vector<float>(D);
+    weight_ = weight ? to_floats(*weight, "weight", D) : std::vector<float>(D);
     for (float& value : weight_) value += static_cast<float>(offset);
     weight_deltas_ = copies_apart(weight_deltas, "weight_deltas", D, K);
-    if (bias || bias_deltas) bias_ = bias ? floats_of(*bias, "bias", D) : std::vector<float>(D);
+    if (bias || bias_deltas) bias_ = bias ? to_floats(*bias, "bias", D) : std::vector<float>(D);
     if (bias_deltas) bias_deltas_ = copies_apart(*bias_deltas, "bias_deltas", D, K);
     parameters = {weight_.data(), weight_deltas_.data(), bias_.empty() ? nullptr : bias_.data(),
                   bias_deltas_.empty() ? nullptr : bias_deltas_.data(), K, D};
@@ -93,7 +93,7 @@ Tensor mixed_norm_cpu_fwd(const Tensor& x, const std::optional<Tensor>& weight, 
   const Tensor x_rows = contiguous_rows(x, "x", M, D);
   const RowCoefficients rows(c, row_map, M, staged.parameters.K);
   Tensor y = torch::stable::new_empty(x_rows, {M, D});
-  const NormRows norm_rows{x_rows.const_data_ptr(),  row_dtype(x_rows, "x"), rows.row_map,      rows.c,
+  const NormRows norm_rows{x_rows.const_data_ptr(),  dtype_of(x_rows, "x"), rows.row_map,      rows.c,
                            static_cast<float>(eps), is_centered,           cast_before_scale};
   const NormJob job{staged.parameters, norm_rows, y.mutable_data_ptr()};
   const NormKernels& kernels = norm_kernels_in_use();
@@ -113,8 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_norm_cpu_backwa
   const int64_t M = x.size(0), D = staged.parameters.D, K = staged.parameters.K, size = (K + 1) * D;
   const Tensor x_rows = contiguous_rows(x, "x", M, D), dy_rows = contiguous_rows(dy, "dy", M, D);
   const RowCoefficients rows(c, row_map, M, K);
-  const Dtype dtype = row_dtype(x_rows, "x");
-  STD_TORCH_CHECK(row_dtype(dy_rows, "dy") == dtype, "dy must have x's dtype");
+  const Dtype dtype = dtype_of(x_rows, "x");
+  STD_TORCH_CHECK(dtype_of(dy_rows, "dy") == dtype, "dy must have x's dtype");
   Tensor dx = torch::stable::new_empty(x_rows, needs_x ? std::vector<int64_t>{M, D} : std::vector<int64_t>{0});
   const int64_t most_rows = ceil_div(M, kMaxBlocks);
   const int64_t block_rows = std::max(ceil_div(most_rows, kNormChunk), int64_t{1}) * kNormChunk;

@@ -4,6 +4,11 @@
 
 CLP_INLINE Vec rounded_to(const float*, Vec v) { return v; }
 CLP_INLINE Vec rounded_to(const Bf16*, Vec v) { return (Vec)round_to_bf16(v); }
+CLP_INLINE Vec rounded_to(const Half*, Vec v) {
+  Half half[kWidth];
+  store(half, v);
+  return load(half);
+}
 
 // weight + sum_k c[k] delta_k: in `out`, or `weight` itself where every coefficient is 0. Such copies are not read.
 static const float* mix_vector(const float* weight, const float* deltas, const float* c, int64_t K, int64_t D,
@@ -50,7 +55,7 @@ static void norm_row(const NormRows& rows, const X* x, int64_t D, const float* w
 }
 
 template <typename X>
-static void norm_typed(const NormJob& job, int64_t m_begin, int64_t m_end, float* scratch) {
+static void norm_typed(const NormJob& job, const X*, int64_t m_begin, int64_t m_end, float* scratch) {
   const NormParameters& p = job.parameters;
   const auto run = job.rows.cast_before_scale ? norm_row<X, true> : norm_row<X, false>;
   const float *weight = nullptr, *bias = nullptr;
@@ -66,7 +71,7 @@ static void norm_typed(const NormJob& job, int64_t m_begin, int64_t m_end, float
 }
 
 static void norm(const NormJob& job, int64_t m_begin, int64_t m_end, float* scratch) {
-  (job.rows.dtype == Dtype::f32 ? norm_typed<float> : norm_typed<Bf16>)(job, m_begin, m_end, scratch);
+  with_type(job.rows.dtype, job.rows.x, [&](const auto* x) { norm_typed(job, x, m_begin, m_end, scratch); });
 }
 
 // Adds dy n to weight_run and dy to bias_run, where they are asked for, and writes dx:
@@ -136,7 +141,7 @@ struct NormSums {
 };
 
 template <typename X>
-static void norm_grad_block(const NormGradJob& job, int64_t begin, int64_t end, const NormSums& weight_sums,
+static void norm_grad_block(const NormGradJob& job, const X*, int64_t begin, int64_t end, const NormSums& weight_sums,
                             const NormSums& bias_sums, float* mixed) {
   const NormParameters& p = job.parameters;
   const auto run = job.rows.cast_before_scale ? norm_grad_row<X, true> : norm_grad_row<X, false>;
@@ -176,7 +181,7 @@ static void norm_grad(const NormGradJob& job, int64_t block_begin, int64_t block
                              job.bias_sums ? job.bias_sums + b * size : nullptr, p.K, D};
     weight_sums.clear();
     bias_sums.clear();
-    (job.rows.dtype == Dtype::f32 ? norm_grad_block<float> : norm_grad_block<Bf16>)(job, begin, end, weight_sums,
-                                                                                    bias_sums, mixed);
+    with_type(job.rows.dtype, job.rows.x,
+              [&](const auto* x) { norm_grad_block(job, x, begin, end, weight_sums, bias_sums, mixed); });
   }
 }

@@ -2,7 +2,6 @@
 
 #include <torch/headeronly/util/Exception.h>
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -10,31 +9,8 @@ namespace clp {
 
 using torch::headeronly::ScalarType;
 
-Dtype row_dtype(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, name,
-                  " must be float32 or bfloat16; the reference back-end takes others");
-  return type == ScalarType::Float ? Dtype::f32 : Dtype::bf16;
-}
-
-std::vector<float> floats_of(const Tensor& tensor, const char* name, int64_t size) {
-  const Tensor values = made_contiguous(tensor);
-  STD_TORCH_CHECK(values.is_cpu() && values.numel() == size, name, " must hold ", size, " values on the CPU");
-  std::vector<float> floats(size);
-  if (row_dtype(values, name) == Dtype::f32) {
-    std::copy_n(static_cast<const float*>(values.const_data_ptr()), size, floats.data());
-    return floats;
-  }
-  const Bf16* in = static_cast<const Bf16*>(values.const_data_ptr());
-  for (int64_t i = 0; i < size; i++) {
-    const uint32_t bits = static_cast<uint32_t>(in[i].bits) << 16;
-    std::memcpy(&floats[i], &bits, 4);
-  }
-  return floats;
-}
-
 RowCoefficients::RowCoefficients(const Tensor& coefficients, const Tensor& map, int64_t num_rows, int64_t copies)
-    : M(num_rows), S(0), K(copies), c_(made_contiguous(coefficients)), row_map_(made_contiguous(map)) {
+    : M(num_rows), S(0), K(copies), c_(as_contiguous(coefficients)), row_map_(as_contiguous(map)) {
   STD_TORCH_CHECK(c_.dim() == 2 && c_.size(1) == K && c_.scalar_type() == ScalarType::Float,
                   "coefficients must be float32 [S, ", K, "]");
   STD_TORCH_CHECK(row_map_.dim() == 1 && row_map_.size(0) == M && row_map_.scalar_type() == ScalarType::Int,

@@ -1,4 +1,4 @@
-// What the CPU operators that work row by row share: the coefficients of a call's rows, threads, small arguments.
+// What the CPU operators that work row by row share: the coefficients of a call's rows, threads.
 #pragma once
 
 #include <algorithm>
@@ -28,17 +28,6 @@ const Kernels& in_use(const Kernels& portable, const Kernels& avx2, const Kernel
   const Isa isa = current_isa();
   return isa == Isa::portable ? portable : isa == Isa::avx2 ? avx2 : avx512;
 }
-
-// The tensor itself where it is contiguous: asking the dispatcher costs a microsecond.
-inline Tensor made_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-// float32 or bfloat16; the kernels take no other.
-Dtype row_dtype(const Tensor& tensor, const char* name);
-
-// A small tensor of `size` elements as floats.
-std::vector<float> floats_of(const Tensor& tensor, const char* name, int64_t size);
 
 // The checked coefficients [S, K] and row map [M] of a call; keeps contiguous copies alive where they were needed.
 class RowCoefficients {

@@ -2,6 +2,7 @@
 // has set the compiler's target and defines
 //   CLP_ISA     name of the set: a namespace, and the suffix of the exported tables
 //   CLP_WIDTH   floats of a vector
+//   CLP_F16C    only where the set converts float16
 // Everything is internal to the translation unit but the tables, so that no other one can pick up code that its
 // processor lacks. They use no bfloat16 instructions: avx512_bf16 runs the tables of avx512.
 

@@ -2,21 +2,6 @@
 //
 // Included inside the namespace of an instruction set, after mixed_linear_cpu_vector.h.
 
-// The bits of float32 values rounded to bfloat16, in the upper halves of the lanes: as store_one rounds.
-CLP_INLINE VecUint round_to_bf16(Vec value) {
-  const VecUint bits = (VecUint)value;
-  const VecUint rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const VecUint is_nan = (VecUint)(value != value);
-  return ((rounded & ~is_nan) | (is_nan & 0x7fc00000)) & 0xffff0000;
-}
-
-CLP_INLINE void write_vector(float* p, Vec v) { store(p, v); }
-
-CLP_INLINE void write_vector(Bf16* p, Vec v) {
-  const VecHalf half = __builtin_convertvector(round_to_bf16(v) >> 16, VecHalf);
-  __builtin_memcpy(p, &half, sizeof(half));
-}
-
 // All lanes of a vector.
 struct Whole {
   template <typename T>
@@ -25,7 +10,7 @@ struct Whole {
   }
   template <typename T>
   CLP_INLINE_MEMBER void write(T* p, Vec v) const {
-    write_vector(p, v);
+    store(p, v);
   }
   CLP_INLINE_MEMBER Vec only(Vec v) const { return v; }
 };

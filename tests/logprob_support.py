@@ -12,7 +12,7 @@ from torch import Tensor
 import clp_kernels
 from clp_kernels import mixed_linear_logprob, mixed_linear_logprob_ref
 
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 HAS_CPP = clp_kernels.available_backends()["cpp"] is None
 needs_cpp = pytest.mark.skipif(not HAS_CPP, reason="the extension is not built")
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]

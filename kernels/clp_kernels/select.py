@@ -10,12 +10,6 @@ import torch
 from clp_kernels.backend import available_backends, check_backend_name, missing_reason, requested_backend
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of the GPU back-ends too
-_CPP_DTYPES_OF = {  # of the other operators
-    "low_rank_linear": CPP_DTYPES,
-    "mixed_embedding": (torch.float32, torch.bfloat16),
-    "mixed_linear_logprob": (torch.float32, torch.bfloat16),
-    "mixed_norm": (torch.float32, torch.bfloat16),
-}
 
 
 class Problem(NamedTuple):
@@ -82,10 +76,9 @@ def _unsupported_call(name: str, call: OperatorCall) -> str | None:
         return None
     if name != "cpp":
         return f"{call.op} has no {name!r} form"
-    taken = _CPP_DTYPES_OF[call.op]
     for field, dtype in call.dtypes.items():
-        if dtype not in taken:
-            return f"{field} is {dtype}; back-end 'cpp' takes {', '.join(map(str, taken))}"
+        if dtype not in CPP_DTYPES:
+            return f"{field} is {dtype}; back-end 'cpp' takes {', '.join(map(str, CPP_DTYPES))}"
     if call.device_type != "cpu":
         return f"its arguments are on {call.device_type!r}; back-end 'cpp' runs on 'cpu'"
     return None

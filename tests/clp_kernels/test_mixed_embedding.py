@@ -20,6 +20,7 @@ from rows_support import (
 from clp_kernels import mixed_embedding, mixed_embedding_ref
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F32, BF16), (F16, F32), (F16, F16)]
 # M, V, D, K: one position, ids that repeat and ids that never occur, odd widths around each vector's.
 SHAPES = [(1, 5, 33, 1), (3, 2, 64, 2), (17, 50, 7, 3), (70, 40, 40, 2), (300, 9, 129, 4), (9, 30, 1, 5)]
 
@@ -63,7 +64,7 @@ def check(a, backend, **settings):
 
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("dtype", "deltas_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16), (F32, BF16)])
+@pytest.mark.parametrize(("dtype", "deltas_dtype"), DTYPES)
 @pytest.mark.parametrize(("M", "V", "D", "K"), SHAPES)
 def test_cpp(isa, M, V, D, K, dtype, deltas_dtype):
     with instruction_set(isa), poisoned_memory():
@@ -102,7 +103,7 @@ def test_zero_deltas_give_the_plain_embeddings_bits(dtype):
 
 @needs_cpp
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_zero_coefficients_read_the_base_alone(isa, dtype):
     a = problem(60, 20, 33, 2, dtype)
     a["coefficients"].zero_()

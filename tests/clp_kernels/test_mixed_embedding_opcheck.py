@@ -164,7 +164,7 @@ def test_back_end_by_name(monkeypatch):
     for name in ("triton", "cuda"):
         with pytest.raises(ValueError, match=f"'{name}' does not take this call: mixed_embedding has no '{name}' form"):
             mixed_embedding(IDS, **a, backend=name)
-    halves = {n: t if n == "coefficients" else t.half() for n, t in a.items()}
-    with pytest.raises(ValueError, match=r"base is torch.float16; back-end 'cpp' takes torch.float32, torch.bfloat16"):
-        mixed_embedding(IDS, **halves, backend="cpp")
-    assert torch.equal(mixed_embedding(IDS, **halves), mixed_embedding_ref(IDS, **halves))
+    doubles = {n: t.double() for n, t in a.items()}
+    with pytest.raises(ValueError, match=r"base is torch.float64; back-end 'cpp' takes torch.float32, torch.bfloat16"):
+        mixed_embedding(IDS, **doubles, backend="cpp")
+    assert torch.equal(mixed_embedding(IDS, **doubles), mixed_embedding_ref(IDS, **doubles))

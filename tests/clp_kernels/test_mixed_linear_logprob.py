@@ -9,6 +9,7 @@ from logprob_support import (
     BACKENDS,
     BENT,
     BF16,
+    F16,
     F32,
     HAS_CPP,
     PARAMETERS,
@@ -45,7 +46,7 @@ def isa(request):
 
 @needs_cpp
 @pytest.mark.parametrize("rows", ["one", "segments", "shuffled", "different"])
-@pytest.mark.parametrize(("x_dtype", "deltas_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16)])
+@pytest.mark.parametrize(("x_dtype", "deltas_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)])
 @pytest.mark.parametrize(("M", "D", "V", "K"), SHAPES)
 def test_cpp(M, D, V, K, x_dtype, deltas_dtype, rows):
     with_base = (M + K) % 3 > 0
@@ -64,7 +65,7 @@ def test_cpp_at_random_shapes():
     for seed in range(60):
         size = {"M": draw(1, 90), "D": draw(0, 50), "V": draw(1, 300), "K": draw(1, 6)}
         rows = ("one", "segments", "shuffled", "different")[draw(0, 4)]
-        dtypes = ((F32, F32), (BF16, F32), (BF16, BF16), (F32, BF16))[draw(0, 4)]
+        dtypes = ((F32, F32), (BF16, F32), (BF16, BF16), (F32, BF16), (F16, F16))[draw(0, 5)]
         a = problem(*size.values(), *dtypes, rows, with_base=draw(0, 2) == 0, seed=seed)
         a |= {name: None for name in ("bias", "bias_deltas") if draw(0, 2) == 0}
         compare(a, "cpp", **(PLAIN, BENT)[draw(0, 2)])
@@ -74,14 +75,14 @@ def test_cpp_at_random_shapes():
 @pytest.mark.parametrize("how", [PLAIN, BENT], ids=["plain", "bent"])
 @pytest.mark.parametrize("rows", ["segments", "different"])
 def test_cpp_on_every_instruction_set(isa, rows, how):
-    for dtypes in ((F32, F32), (BF16, F32)):
+    for dtypes in ((F32, F32), (BF16, F32), (F16, F16)):
         a = problem(90, 37, 300, 2, *dtypes, rows)
         compare(a, "cpp", **how)
         compare(a, "cpp", wanted=("hidden",), return_entropy=False, **how)
 
 
 @pytest.mark.parametrize("how", [PLAIN, BENT], ids=["plain", "bent"])
-@pytest.mark.parametrize(("x_dtype", "deltas_dtype"), [(F32, F32), (BF16, F32), (torch.float16, torch.float16)])
+@pytest.mark.parametrize(("x_dtype", "deltas_dtype"), [(F32, F32), (BF16, F32), (F16, F16)])
 def test_chunked_reference(x_dtype, deltas_dtype, how, monkeypatch):
     monkeypatch.setattr("clp_kernels.mixed_linear_logprob_reference._SMALLEST_CHUNK", 16)
     monkeypatch.setattr("clp_kernels.mixed_linear_logprob_reference._CHUNK_LOGITS", 16)
@@ -90,7 +91,7 @@ def test_chunked_reference(x_dtype, deltas_dtype, how, monkeypatch):
 
 @needs_cpp
 @pytest.mark.parametrize("rows", ["segments", "shuffled", "different"])
-@pytest.mark.parametrize("x_dtype", [F32, BF16])
+@pytest.mark.parametrize("x_dtype", [F32, BF16, F16])
 def test_gradient_formed_in_the_forward(x_dtype, rows):
     """Only hidden needs a gradient and entropy none: no logits are made in the backward."""
     a = problem(130, 33, 1500, 2, x_dtype, F32, rows)

@@ -177,10 +177,10 @@ def test_back_end_by_name(monkeypatch):
     for name in ("triton", "cuda"):
         with pytest.raises(ValueError, match=f"'{name}' does not take this call: mixed_norm has no '{name}' form"):
             mixed_norm(**a, backend=name)
-    halves = {n: t if n == "coefficients" else t.half() for n, t in a.items()}
-    with pytest.raises(ValueError, match=r"x is torch.float16; back-end 'cpp' takes torch.float32, torch.bfloat16"):
-        mixed_norm(**halves, backend="cpp")
-    assert torch.equal(mixed_norm(**halves), mixed_norm_ref(**halves))
+    doubles = {n: t.double() for n, t in a.items()}
+    with pytest.raises(ValueError, match=r"x is torch.float64; back-end 'cpp' takes torch.float32, torch.bfloat16"):
+        mixed_norm(**doubles, backend="cpp")
+    assert torch.equal(mixed_norm(**doubles), mixed_norm_ref(**doubles))
 
 
 @needs_cpp

@@ -67,7 +67,7 @@ def test_supported(name, device):
     ("device", "dtypes", "missing", "expected"),
     [
         ("cpu", {"x": F32, "weight": BF16}, ALL, "cpp"),
-        ("cpu", {"x": BF16, "weight": F16}, ALL, "reference"),
+        ("cpu", {"x": BF16, "weight": F16}, ALL, "cpp"),
         ("cpu", {"x": F64}, ALL, "reference"),
         ("cpu", {"x": F32}, NOTHING, "reference"),
         ("cuda", {"x": F32}, ALL, "reference"),
@@ -81,14 +81,14 @@ def test_auto_of_a_row_by_row_operator(device, dtypes, missing, expected):
 @pytest.mark.parametrize(
     ("name", "device", "says"),
     [
-        ("cpp", "cpu", "weight is torch.float16"),
-        ("cpp", "cuda", "weight is torch.float16"),
+        ("cpp", "cpu", "weight is torch.float64"),
+        ("cpp", "cuda", "weight is torch.float64"),
         ("triton", "cuda", "mixed_norm has no 'triton' form"),
         ("cuda", "cuda", "mixed_norm has no 'cuda' form"),
     ],
 )
 def test_unsupported_row_by_row_operator_names_the_field(name, device, says):
-    reason = unsupported_reason(name, OperatorCall("mixed_norm", device, {"x": F32, "weight": F16}))
+    reason = unsupported_reason(name, OperatorCall("mixed_norm", device, {"x": F32, "weight": F64}))
     assert reason is not None
     assert says in reason
 
