@@ -20,7 +20,7 @@ PIECE = 4
 def decode(
     model: Any, inputs: dict[str, Any], num_generations: int, max_new_tokens: int, return_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Complete each prompt `num_generations` times, as `model.generation_config` says.
+    """Complete each prompt `num_generations` times, greedily or by sampling as `model.generation_config` says.
 
     Equivalent to `model.generate(**{name: t.repeat_interleave(n, 0) for name, t in inputs.items()})[:, P:]`, up to
     rounding and the order of random draws. A conditioned model whose cache can select rows runs a group's prompt once
@@ -28,7 +28,8 @@ def decode(
     weighting, and drops a row within `PIECE` tokens of its end.
 
     Args:
-        model: anything with `generate`; only a CLPModel saves what is said above.
+        model: anything with `generate`; only a CLPModel saves what is said above. Its generation_config names a
+            `pad_token_id` and nothing that counts tokens from the start of a call: no min_new_tokens, no beams.
         inputs: generate's `input_ids` [G, P] (left-padded), `attention_mask` and what else it takes for each prompt;
             for a CLPModel `coefficients` [G, K].
         num_generations: n.
@@ -39,27 +40,26 @@ def decode(
         completion_ids_BL, padded after their end, and the logits [B, L, V] or None; those of positions after the end
         mean nothing.
     """
-    if isinstance(model, CLPModel) and inputs["input_ids"].shape[1] > 1:
-        inputs = _share_prefix(model, inputs)
-        cache = _prefill(model, inputs)
+    if isinstance(model, CLPModel) and inputs["input_ids"].shape[1] > 1 and _saves(model):
+        shared = _share_prefix(model, inputs, max_new_tokens)
+        cache = _prefill(model, shared)
         if rows_can_be_selected(cache):
             cache.batch_repeat_interleave(num_generations)
-            inputs = {**_repeat(inputs, num_generations), "past_key_values": cache}
-            tag_cache(cache, inputs["coefficients"])
-            return _in_pieces(model, inputs, max_new_tokens, return_logits)
-        inputs.pop("past_key_values", None)
+            repeated = {**_repeat(shared, num_generations), "past_key_values": cache}
+            tag_cache(cache, repeated["coefficients"])
+            return _in_pieces(model, repeated, max_new_tokens, return_logits)
     return _generate(model, _repeat(inputs, num_generations), max_new_tokens, return_logits)[:2]
 
 
 def rows_can_be_selected(cache: Any) -> bool:
-    """Whether every layer of a KV cache can repeat and drop rows; recurrent states and foreign caches cannot.
+    """Whether every layer of a KV cache can repeat and drop rows.
 
-    A hybrid layer inherits the methods of its attention half, which leave its recurrent states as they are.
+    Subclasses of these layers have recurrent or compressed states too, which the inherited methods leave as they are.
     """
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
     layers = getattr(cache, "layers", None) or []
-    return bool(layers) and all(
-        hasattr(layer, "batch_select_indices") and not hasattr(layer, "conv_states") for layer in layers
-    )
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
 def select_rows(cache: Any, rows: torch.Tensor) -> None:
@@ -88,15 +88,35 @@ def _repeat(inputs: dict[str, Any], times: int) -> dict[str, Any]:
     }
 
 
-def _share_prefix(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def _saves(model: Any) -> bool:
+    """Whether the model's cache can select rows and no row depends on its batch's longest, as under rotations whose
+    frequencies do; and whether the number of forwards is its process's own affair: where parameters are gathered from
+    other processes in each, all must run as many, which generate sees to.
+    """
+    from transformers import DynamicCache
+    from transformers.integrations import is_deepspeed_zero3_enabled
+    from transformers.integrations.fsdp import is_fsdp_managed_module
+
+    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+        return False
+    return rows_can_be_selected(DynamicCache(config=model.config)) and not _rope_types(model) & {"dynamic", "longrope"}
+
+
+def _rope_types(model: Any) -> set[str]:
+    """The kinds of rotation by which positions enter; empty where they enter otherwise."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # one, or one for each type of layer
+    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}
+
+
+def _share_prefix(model: Any, inputs: dict[str, Any], max_new_tokens: int) -> dict[str, Any]:
     """Fill a cache with the tokens that all prompts begin with, each distinct weighting once, and move the padding
-    behind them. Positions come from the mask, so only models that rotate by position are served so.
+    behind them. Positions come from the mask, but a window counts places in the cache: it must hold them all.
     """
     ids_GP, mask_GP, c_GK = inputs["input_ids"], inputs["attention_mask"], inputs["coefficients"]
     c_SK, row_map_G = c_GK.unique(dim=0, return_inverse=True)
-    size = _common_prefix(ids_GP, mask_GP)
-    rotates = getattr(model.config.get_text_config(), "rope_parameters", None) is not None
-    if size == 0 or len(c_SK) == len(c_GK) or not rotates or ids_GP.shape[1] > attention_window(model):
+    size, fits = _common_prefix(ids_GP, mask_GP), ids_GP.shape[1] + max_new_tokens <= attention_window(model)
+    if size == 0 or len(c_SK) == len(c_GK) or not fits or not _rope_types(model):
         return inputs
     # Stable: what is no padding stays in order. Prefix 0, padding 1, the rest 2.
     place_GP = torch.where(mask_GP.bool(), 2, 1).masked_fill((mask_GP.cumsum(dim=1) <= size) & mask_GP.bool(), 0)
@@ -104,7 +124,7 @@ def _share_prefix(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     moved = {**inputs, "input_ids": ids_GP.gather(1, order_GP), "attention_mask": mask_GP.gather(1, order_GP)}
     first = {name: moved[name][: len(c_SK), : size + 1] for name in ("input_ids", "attention_mask")}
     cache = _prefill(model, {**first, "coefficients": c_SK})
-    if not rows_can_be_selected(cache):
+    if not rows_can_be_selected(cache):  # a cache of the model's own
         return inputs
     select_rows(cache, row_map_G)
     return {**moved, "past_key_values": cache}

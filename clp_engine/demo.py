@@ -40,9 +40,10 @@ class DemoSettings:
     Attributes:
         max_steps: training steps of each method.
         prompts_per_step: prompts of a step, each under its own weighting.
-        num_generations: completions per (prompt, weighting).
+        num_generations: completions per (prompt, weighting). Many of few prompts learn more from as much work than few
+            of many: the prompt is run once for all of them, and the others are the baseline of each.
         max_completion_length: tokens of a completion at most.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW at the first step; it falls linearly to 0, so that the last steps settle.
         kl_weight: alpha of the objective.
         dirichlet_concentration: of CLP's weightings.
         num_reference_samples: completions of the base policy that standardise the rewards.
@@ -52,10 +53,10 @@ class DemoSettings:
     """
 
     max_steps: int = 10
-    prompts_per_step: int = 8
-    num_generations: int = 4
+    prompts_per_step: int = 4
+    num_generations: int = 10
     max_completion_length: int = 24
-    learning_rate: float = 2.5e-4
+    learning_rate: float = 3e-4
     kl_weight: float = 0.12
     dirichlet_concentration: float = 0.5
     num_reference_samples: int = 64
@@ -168,6 +169,7 @@ def _trainer(
         num_generations=settings.num_generations,
         max_completion_length=settings.max_completion_length,
         learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
         kl_weight=settings.kl_weight,
         weighting_sampler=sampler,
         dirichlet_concentration=settings.dirichlet_concentration,

@@ -9,23 +9,24 @@ from clp_engine.rewards.text import completion_text, fluency, read_column, share
 
 
 class Brevity:
-    """A short plain sentence on the subject: `bell(words) * fluency * on_subject`, in [0, 1], 0 when empty.
+    """A short plain sentence on the subject: `tent(words) * fluency * on_subject`, in [0, 1], 0 when empty.
 
-    `bell` is `exp(-log(words / target)**2 / (2 * width**2))`: it falls with the logarithm of the length on both sides,
-    so each step shorter pays. Words are counted with camelCase and snake_case cut, so gluing them gains nothing; what
-    does not read as an English sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is the share of the
-    content words that the source has too, without which one stock phrase would answer everything.
+    `tent` is `max(0, 1 - |log(words / target)| / width)`: it falls with the logarithm of the length on both sides at
+    one slope, so each step shorter pays as much as the one before, from `target * e**width` words (23) to the target.
+    Words are counted with camelCase and snake_case cut, so gluing them gains nothing; what does not read as an English
+    sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is the share of the content words that the source
+    has too, without which one stock phrase would answer everything.
 
     Args:
         target_words: where it peaks.
-        width: standard deviation of the log of the length.
+        width: log of the factor, longer or shorter than the target, at which nothing is left.
         source_column: column with the text that the sentence must be about; None asks for no subject.
 
     Raises:
         ValueError: a parameter is not positive.
     """
 
-    def __init__(self, target_words: float = 7.0, width: float = 0.4, source_column: str | None = "source") -> None:
+    def __init__(self, target_words: float = 7.0, width: float = 1.2, source_column: str | None = "source") -> None:
         if not target_words > 0 or not width > 0:
             raise ValueError(f"target_words and width must be positive, got {target_words} and {width}")
         self.__name__ = "brevity"
@@ -46,6 +47,6 @@ class Brevity:
         count = len(split_words(text))
         if count == 0:
             return 0.0
-        distance = math.log(count / self.target_words) / self.width
+        tent = max(0.0, 1.0 - abs(math.log(count / self.target_words)) / self.width)
         on_subject = 1.0 if source is None else 0.2 + 0.8 * shared_words(text, source)
-        return math.exp(-0.5 * distance * distance) * fluency(text) * on_subject
+        return tent * fluency(text) * on_subject

@@ -60,11 +60,11 @@ def _embedder(model: str | None) -> SentenceEmbedder:
 
 
 class Closeness:
-    """The meaning of the source: `(min(cosine, cap) / cap)**2 * (1 - copy_penalty * copied)`, in [0, 1].
+    """The meaning of the source: `(min(cosine, cap) / cap)**4 * (1 - copy_penalty * copied)`, in [0, 1].
 
     The cosine is that of sentence embeddings of completion and source, 0 where negative; from `cap` on it gains
-    nothing more; the square spreads what comes near. `copied` is the share of words within 4-grams of the source; a
-    `copy_penalty` asks for other words.
+    nothing more; the fourth power tells near from nearer, sentences on one subject being all at .6 to 1. `copied` is
+    the share of words within 4-grams of the source; a `copy_penalty` asks for other words.
 
     Args:
         source_column: column with the text to be close to.
@@ -116,7 +116,7 @@ class Closeness:
     def _score(self, text: str, source: str, cosine: float) -> float:
         """Return the score of one text whose cosine is known."""
         close = min(max(cosine, 0.0), self.cap) / self.cap
-        return close * close * (1.0 - self.copy_penalty * copied_share(text, source))
+        return close**4 * (1.0 - self.copy_penalty * copied_share(text, source))
 
 
 class RougeL:

@@ -14,7 +14,9 @@ SAMPLERS = ("dirichlet", "corners")
 class WeightingSampler:
     """Draws one weighting per prompt, w ~ Q; its stream depends on the seed alone, never on torch's global state.
 
-    - "dirichlet": w ~ Dirichlet(concentration, ..., concentration).
+    - "dirichlet": w ~ Dirichlet(concentration, ..., concentration), each draw followed by its R - 1 cyclic rotations. A
+      rotation has the same distribution, so Q is unchanged; a step of a multiple of R prompts weights every reward
+      the same in the mean, which takes the luck of the draw out of small steps.
     - "corners": the one-hot weightings in turn. W(e_k) holds copy k alone, so this trains K separate policies, one per
       reward: Rewarded Soups (Rame et al. 2023, arXiv 2306.04488). A step of a multiple of R prompts gives each reward
       the same share.
@@ -32,13 +34,18 @@ class WeightingSampler:
         self.name, self.num_rewards, self.concentration = name, num_rewards, concentration
         self._generator = np.random.default_rng(seed)
         self._drawn = 0
+        self._draw = np.full(num_rewards, np.nan)
 
     def sample(self, num_groups: int) -> torch.Tensor:
         """The next weightings w_GR, [num_groups, R] float32, each on the simplex."""
+        rows = [self._next() for _ in range(num_groups)]
+        return torch.tensor(np.array(rows), dtype=torch.float32)
+
+    def _next(self) -> np.ndarray:
+        turn = self._drawn % self.num_rewards
+        self._drawn += 1
         if self.name == "corners":
-            corner = (self._drawn + np.arange(num_groups)) % self.num_rewards
-            rows = np.eye(self.num_rewards)[corner]
-        else:
-            rows = self._generator.dirichlet([self.concentration] * self.num_rewards, size=num_groups)
-        self._drawn += num_groups
-        return torch.tensor(rows, dtype=torch.float32)
+            return np.eye(self.num_rewards)[turn]
+        if turn == 0:
+            self._draw = self._generator.dirichlet([self.concentration] * self.num_rewards)
+        return np.roll(self._draw, turn)

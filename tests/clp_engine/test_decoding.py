@@ -85,16 +85,21 @@ def test_rows_are_those_of_generate(model, tokenizer, num_weightings, n):
         assert len(set(ends)) > 2, "rows must end apart, or nothing is tested"
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "bloom", "mistral", "falcon_h1"])
+@pytest.mark.parametrize("family", ["gpt_neox", "bloom", "mistral-4", "mistral-12", "falcon_h1"])
 def test_other_positions_windows_and_states(family, tokenizer):
-    """Rotary positions of a part of each head, ALiBi, windows shorter than the prompt, and a recurrent state."""
+    """Rotary positions of a part of each head, ALiBi, windows shorter than the prompt and than prompt and completion,
+    and a recurrent state.
+    """
     small = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
              "initializer_range": 0.3}  # fmt: skip
     configs = {
         "gpt_neox": lambda: transformers.GPTNeoXConfig(**small, intermediate_size=48),
         "bloom": lambda: transformers.BloomConfig(**small, n_layer=2, n_head=4),
-        "mistral": lambda: transformers.MistralConfig(
+        "mistral-4": lambda: transformers.MistralConfig(
             **small, intermediate_size=48, num_key_value_heads=2, sliding_window=4
+        ),
+        "mistral-12": lambda: transformers.MistralConfig(
+            **small, intermediate_size=48, num_key_value_heads=2, sliding_window=12
         ),
         "falcon_h1": lambda: transformers.FalconH1Config(
             **small, intermediate_size=48, num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
@@ -106,6 +111,21 @@ def test_other_positions_windows_and_states(family, tokenizer):
     model = greedy(clp.get_clp_model(plain, clp.CLPConfig(rewards=["long", "short"])))
     randomise_deltas(model, 0.2)
     check_rows(model, batch(model, tokenizer, 2), 2)
+
+
+@torch.no_grad()
+def test_rotations_that_depend_on_the_longest_row_are_left_to_generate(tokenizer):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(vocab_size=32, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, initializer_range=0.3, pad_token_id=0, rope_parameters=rope,
+        max_position_embeddings=64, original_max_position_embeddings=4)  # fmt: skip
+    model = transformers.Phi3ForCausalLM(config).eval()
+    model = greedy(clp.get_clp_model(model, clp.CLPConfig(rewards=["long", "short"], target_modules=["o_proj"])))
+    randomise_deltas(model, 0.2)
+    inputs = batch(model, tokenizer, 2)
+    expected = model.generate(**inputs, max_new_tokens=LENGTH)[:, inputs["input_ids"].shape[1] :]
+    assert torch.equal(decode(model, inputs, 1, LENGTH, False)[0], expected)
 
 
 def test_shared_tokens_run_once_and_ended_rows_leave(model, tokenizer, monkeypatch):

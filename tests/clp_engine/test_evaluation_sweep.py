@@ -142,7 +142,7 @@ def test_scores_equal_whole_forwards(model, tokenizer, monkeypatch, chunk_bytes,
     monkeypatch.setattr(base_scoring, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(base_scoring, "BLOCK_BYTES", 5 * VOCABULARY * 4)
     if not with_cache:
-        monkeypatch.setattr(base_scoring, "_rows_can_be_selected", lambda cache: False)
+        monkeypatch.setattr(base_scoring, "rows_can_be_selected", lambda cache: False)
     prompts = [row["prompt"] for row in dataset(3) for _ in range(4)]
     weights = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.3, 0.7], [0.0, 1.0]]).repeat(3, 1)
     kl = torch.tensor([0.01, 0.2, 0.2, 1.0]).repeat(3)

@@ -161,11 +161,19 @@ def test_brevity_peaks_at_its_target_and_falls_on_both_sides():
     assert values[0] < values[1] < values[2] < values[3]
 
 
+def test_brevity_falls_with_the_log_of_the_length_at_one_slope():
+    short = "The little birds fly over walls."
+    texts = ["The little birds.", short, f"{short[:-1]} and the old man sees them."]
+    three, six, twelve = (Brevity(target_words=6, width=1.0, source_column=None).score(text) for text in texts)
+    assert six == pytest.approx(1.0)
+    assert three == pytest.approx(twelve) == pytest.approx(1 - np.log(2))
+
+
 @pytest.mark.parametrize(
     "hack", ["", "hyperbolicFunction()", "Hyperbolic Function", "file.read().decode().key", "....."]
 )
 def test_brevity_gives_hacks_next_to_nothing(hack):
-    assert Brevity().score(hack) < 0.25 < 0.9 < Brevity().score("Returns the key of the file.")
+    assert Brevity().score(hack) < 0.25 < 0.9 < Brevity().score("Returns the public key of the file.")
 
 
 def test_brevity_asks_for_the_subject_where_there_is_a_source():
@@ -182,6 +190,13 @@ def test_brevity_refuses_a_target_below_zero():
         Brevity(target_words=0)
 
 
+def test_closeness_is_the_fourth_power_of_the_cosine_up_to_the_cap():
+    reward = Closeness(cap=0.8)
+    assert reward._score("a", "b", 0.4) == pytest.approx(0.5**4)
+    assert reward._score("a", "b", 0.9) == 1.0
+    assert reward._score("a", "b", -0.5) == 0.0
+
+
 @needs_minilm
 def test_closeness_follows_the_meaning_and_can_prefer_other_words():
     texts = [
@@ -195,7 +210,7 @@ def test_closeness_follows_the_meaning_and_can_prefer_other_words():
     paraphrase, copy, other, empty, code = call(Closeness(), texts, source=sources)
     assert 1.0 >= copy > paraphrase > code > other >= 0.0
     assert empty < 0.1
-    paraphrase, copy, *_ = call(Closeness(copy_penalty=0.5), texts, source=sources)
+    paraphrase, copy, *_ = call(Closeness(copy_penalty=0.75), texts, source=sources)
     assert paraphrase > copy
 
 

@@ -12,6 +12,7 @@ import torch
 from tests_support import randomise_deltas
 
 import clp_engine as clp
+from clp_engine.decoding import position_ids
 from clp_engine.layers import conditioned_layers
 from clp_engine.logprobs import token_logprobs
 from clp_engine.rollout import encode_prompts, rollout
@@ -135,3 +136,38 @@ def test_logprobs_while_generating_equal_those_of_the_training_forward(plain, sm
 def log_softmax_of(logits_BLV, out, rows=slice(None)):
     ids = out.completion_ids_BL[rows].unsqueeze(-1)
     return logits_BLV.log_softmax(-1).gather(-1, ids).squeeze(-1)
+
+
+@torch.no_grad()
+def decode_against_prefill(model, batch, answer_BL, **weighting):
+    """Differences of the answer's log-probs between a forward of whole rows and one forward for each token."""
+    width, length = batch["input_ids"].shape[1], answer_BL.shape[1]
+    ids = torch.cat([batch["input_ids"], answer_BL], dim=1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(answer_BL)], dim=1)
+    positions = position_ids(mask)
+    whole = model(ids, attention_mask=mask, position_ids=positions, **weighting).logits[:, width - 1 : -1]
+    steps, cache = [], None
+    for start, stop in ((0, width), *((i, i + 1) for i in range(width, width + length - 1))):
+        out = model(ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions[:, start:stop],
+                    past_key_values=cache, use_cache=True, **weighting)  # fmt: skip
+        steps.append(out.logits[:, -1:])
+        cache = out.past_key_values
+    prefilled, decoded = (
+        logits.float().log_softmax(-1).gather(-1, answer_BL[:, :, None]) for logits in (whole, torch.cat(steps, dim=1))
+    )
+    return (prefilled - decoded).abs()
+
+
+def test_bfloat16_decoding_is_as_near_to_prefill_as_the_plain_models(plain, conditioned, smollm2, batch):
+    """Few rows and many take different kernels, in torch's plain layers as in the conditioned ones."""
+    answer = smollm2[1]("The cat sat on the mat and looked at the dog, which read a file.")["input_ids"]
+    answer_BL = torch.tensor(answer).expand(len(PROMPTS), -1)
+    plain_16, conditioned_16 = copy.deepcopy(plain).bfloat16(), fresh(copy.deepcopy(plain).bfloat16())
+    for layer, source in zip(*(conditioned_layers(m).values() for m in (conditioned_16, conditioned)), strict=True):
+        assert layer.deltas.dtype == torch.float32
+        layer.deltas.data.copy_(source.deltas)
+    of_plain = decode_against_prefill(plain_16, batch, answer_BL)
+    ours = decode_against_prefill(conditioned_16, batch, answer_BL, reward_weights=W)
+    assert of_plain.max() > 0
+    assert ours.max() <= 2 * of_plain.max()
+    assert ours.mean() <= 2 * of_plain.mean()

@@ -89,6 +89,14 @@ def test_dirichlet_sampler_is_on_the_simplex_and_seeded():
     assert torch.equal(w, WeightingSampler("dirichlet", 3, 0.5, seed=3).sample(4000))
 
 
+def test_dirichlet_draws_come_with_their_rotations_so_every_step_weights_the_rewards_alike():
+    sampler = WeightingSampler("dirichlet", 3, 0.5, seed=1)
+    w = torch.cat([sampler.sample(2), sampler.sample(4)])  # a draw's rotations go on in the next step
+    for draw in (w[:3], w[3:]):
+        assert torch.equal(draw, torch.stack([draw[0].roll(turn) for turn in range(3)]))
+    assert not torch.equal(w[0], w[3])
+
+
 def test_corner_sampler_takes_turns_across_steps():
     sampler = WeightingSampler("corners", 3)
     rows = torch.cat([sampler.sample(2), sampler.sample(4)])
