@@ -40,8 +40,8 @@ class DemoSettings:
     Attributes:
         max_steps: training steps of each method.
         prompts_per_step: prompts of a step, each under its own weighting.
-        num_generations: completions per (prompt, weighting). Many of few prompts learn more from as much work than few
-            of many: the prompt is run once for all of them, and the others are the baseline of each.
+        num_generations: completions per (prompt, weighting): they share the prompt's work, and the others are the
+            baseline of each.
         max_completion_length: tokens of a completion at most.
         learning_rate: of AdamW at the first step; it falls linearly to 0, so that the last steps settle.
         kl_weight: alpha of the objective.

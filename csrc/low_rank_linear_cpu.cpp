@@ -36,11 +36,6 @@ const LowRankKernels& low_rank_kernels() {
   return low_rank_kernels_portable;
 }
 
-// No call through the dispatcher where there is nothing to do.
-Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
 // A tensor of the wanted sizes, contiguous, in one of the dtypes that the kernels take.
 Tensor checked(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
   bool fits = tensor.is_cpu() && tensor.dim() == static_cast<int64_t>(sizes.size());

@@ -95,7 +95,7 @@ def sweep(
     bar = _progress_bar(len(jobs) * num_generations, progress)
     with bar, _evaluating(model), _seeded(model, seed):
         for start in range(0, len(jobs), size):
-            # Rows of one weighting side by side: the kernels take them as they lie (46 s against 48 for 16 prompts).
+            # Rows of one weighting side by side: the kernels take them as they lie instead of gathering them.
             batch = sorted(jobs[start : start + size], key=lambda job: job[1])
             weights_GR, kl_G = points.batch([point for _, point in batch])
             asked = [prompts[i] for i, _ in batch]
