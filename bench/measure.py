@@ -19,8 +19,9 @@ from bench.workload import CEILING, OURS, Contender, Workload, clear_gradients, 
 
 MIN_ROUND_S = 2e-4  # shorter rounds are mostly the clock's
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
-SLOW_S = 1.0  # 3 rounds have to do where one of ours, ceiling and limits takes longer; 1 of a peer that slow
+SLOW_S = 1.0  # 3 rounds have to do where one of ours, ceiling and limits takes longer; of a peer that slow the first
 LONG_CALL_S = 2.0  # a first call this long is its own warm-up
+HOPELESS = 4.0  # times ours: peers of a ceiling that long and this far behind are left out, they do more than it does
 
 
 @dataclass
@@ -44,8 +45,12 @@ def measure(benchmark: Any, work: Workload, budget_s: float, with_compiled: bool
     """
     expected = work.expected()
     costs, shares = {}, {}
-    for name, contender in work.contenders.items():
-        costs[name], shares[name] = _prove(work, name, contender, expected)
+    for name in sorted(work.contenders, key=lambda name: name not in (OURS, CEILING)):
+        if name in work.mixing_peers and _is_hopeless(costs):
+            continue
+        costs[name], shares[name] = _prove(work, name, work.contenders[name], expected)
+    left_out = [name for name in work.contenders if name not in costs]
+    work.contenders = {name: work.contenders[name] for name in work.contenders if name in costs}
     peaks = {name: _peak(work, work.contenders[name]) for name in (OURS, CEILING)}
     if with_compiled:
         for name, contender in _compiled_peers(work, costs).items():
@@ -60,7 +65,12 @@ def measure(benchmark: Any, work: Workload, budget_s: float, with_compiled: bool
     benchmark.pedantic(plan.functions[OURS], setup=lambda: plan.run_others(next(order)), rounds=plan.rounds)
     plan.seconds[OURS] = [benchmark.stats.stats.median]
     figures = Figures(calls, plan.seconds, peaks, shares, buffer.numel() * buffer.element_size())
-    benchmark.extra_info.update(describe_case(work, figures))
+    benchmark.extra_info.update(describe_case(work, figures), left_out=left_out)
+
+
+def _is_hopeless(costs: dict[str, float]) -> bool:
+    """torch's bfloat16 GEMM without AVX-512 takes 100 times ours."""
+    return costs[CEILING] > max(LONG_CALL_S, HOPELESS * costs[OURS])
 
 
 def seconds_of(function: Callable[[], object]) -> float:
@@ -142,11 +152,15 @@ def _plan(work: Workload, calls: int, buffer: Tensor, costs: dict[str, float], b
         if name in work.contenders:
             clear_gradients(work.contenders[name], work.sets)
 
+    timed = set(costs) if calls == 1 else set()
     for name, function in functions.items():
         if costs.get(name, 0.0) < LONG_CALL_S:  # a round touches every weight set: on fewer they were in the cache
             costs[name] = seconds_of(function)
+            timed.add(name)
             clear(name)
     always = [name for name in functions if name in (OURS, CEILING) or name.startswith("read-")]
+    if _is_hopeless(costs):
+        always.remove(CEILING)
     round_s = sum(costs[name] for name in always)
     rounds = 3 if round_s > SLOW_S else max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / 2 / round_s)))
     others_share_s = budget_s / 2 / max(1, len(functions) - len(always))
@@ -154,7 +168,8 @@ def _plan(work: Workload, calls: int, buffer: Tensor, costs: dict[str, float], b
     for name in functions.keys() - always:
         wanted = int(costs[name] * rounds / others_share_s) + 1
         strides[name] = rounds if costs[name] > SLOW_S else min(wanted, max(1, rounds // 3))
-    return Plan(rounds, functions, strides, clear)
+    once = {name: [costs[name]] for name in functions.keys() - always if costs[name] > SLOW_S and name in timed}
+    return Plan(rounds, {name: functions[name] for name in functions if name not in once}, strides, clear, once)
 
 
 def _make_round(work: Workload, contender: Contender, calls: int) -> Callable[[], object]:

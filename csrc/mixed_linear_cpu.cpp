@@ -1,10 +1,11 @@
 // mixed_linear on the CPU: forward and gradient of x, each in the way that suits the rows.
 //
 //   few rows, or rows that all differ   every stream read once, one sum for each    mixed_linear_cpu_rows.cpp
-//   many rows of few weightings         panels of each mix into torch's product     mixed_linear_cpu_product.cpp
-//   batch_invariant                     each row by its mix, in own fixed blocks    both
+//   many rows of each weighting         panels of each mix into torch's product     mixed_linear_cpu_product.cpp
+//   fewer                               blocks of the mixes into an own product     mixed_linear_cpu_blocks.cpp
+//   batch_invariant                     each row by its mix, in own fixed blocks    rows, blocks
 //
-// The gradients of the deltas and coefficients are in mixed_linear_cpu_grad.cpp.
+// The gradients of the deltas and coefficients are in mixed_linear_cpu_grad.cpp and mixed_linear_cpu_segments.cpp.
 #include <algorithm>
 
 #include "cpu_features.h"
@@ -14,8 +15,9 @@ namespace clp {
 
 namespace {
 
-// Of 2500 random shapes up to 150 x 150, torch's product of few rows breaks the error budget on 4 and own blocks on 1,
-// in the same time up to here (K = 2, 64 rows of 64 weightings: 1.1 and 1.2 ms at N = D = 576, 19.6 and 19.8 at 2048).
+// Of 2500 random shapes up to 150 x 150, torch's product of few rows breaks the error budget on 4. Own blocks take about
+// its time up to here (K = 2, all weightings different, N = D = 2048, two Zen 3 cores: 25 ms for 64 rows, torch's
+// product 26 for 65).
 constexpr int64_t kTorchRows = 65;
 
 // The product with the mix of each segment, or for all rows with each stream for itself.
@@ -105,6 +107,7 @@ void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, co
     run_rows(args, plan, mixes, batch_invariant, values, biases, y.mutable_data_ptr(), values.dtype);
   } else {
     Product product = product_of(args, plan, mixes, values, false, true);
+    product.own = segments_are_short(M, segments);
     run_into(product, biases, y.mutable_data_ptr(), values.dtype);
   }
 }
@@ -123,7 +126,7 @@ Tensor mixed_linear_cpu_backward_x(const Tensor& dy, const std::optional<Tensor>
   const bool mixed = batch_invariant || !streams_are_cheaper(M, segments, mixes.any().count + mixes.any().base, false);
   if (!mixed) plan.order.clear();
   Product product = product_of(args, plan, mixes, values, true, mixed);
-  product.own = batch_invariant || M < kTorchRows;
+  product.own = batch_invariant || M < kTorchRows || (mixed && segments_are_short(M, segments));
   run_into(product, Bias(), dx.mutable_data_ptr(), values.dtype);
   return dx;
 }

@@ -70,6 +70,17 @@ struct RowsJob {
   Dtype y_dtype;
 };
 
+// Packed panels of columns [j0, j1), terms [i0, i1) of each of several mixes, one after the other; columns are outputs
+// n and terms inputs d, or, where `transposed`, the other way round. Zero past j1.
+struct PanelsJob {
+  Weights weights;
+  const Mix* const* mixes;
+  int64_t num_mixes;
+  bool transposed;
+  int64_t j0, j1, i0, i1;
+  float* out;                // [num_mixes, num_panels, i1 - i0, panel_rows]
+};
+
 // out[i, j] = or += <row i of a, column j of b>, in blocks of a fixed size. One of a's steps is 1.
 struct OwnProduct {
   const float* a;            // [rows, length]
@@ -110,6 +121,7 @@ struct Kernels {
   // out[n - n0, d - d0] = the mix, rows `step` apart
   void (*mix)(const Weights& weights, const Mix& mix, int64_t n0, int64_t n1, int64_t d0, int64_t d1, float* out,
               int64_t step);
+  void (*mix_panels)(const PanelsJob& job);
   // panel[d, i] = rows[i * row_step + d * step], zero from `count` on; one of the steps is 1
   void (*pack)(const float* rows, int64_t count, int64_t D, int64_t row_step, int64_t step, float* panel);
   // Outputs [group * group_begin, ..); `scratch` holds rows_scratch(job) floats.

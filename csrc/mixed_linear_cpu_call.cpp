@@ -1,7 +1,7 @@
 // The call of mixed_linear's forward on the CPU: arguments of any rank, checked, and a y of x's rank.
 //
-// It runs for every conditioned layer of every decoded token, so it costs microseconds or it shows: no views, no call of
-// an operator by its name, and what does not fit raises without saying which argument, which Python then finds.
+// It runs for every conditioned layer of every decoded token, so it costs microseconds or it shows: no views, no call
+// of an operator by its name, and what does not fit raises without saying which argument, which Python then finds.
 #include <algorithm>
 #include <vector>
 

@@ -27,6 +27,54 @@ struct Target {
   void* rounded = nullptr;
 };
 
+int64_t padded(int64_t columns) {
+  const int64_t width = kernels_in_use().panel_rows;
+  return ceil_div(columns, width) * width;
+}
+
+// Products of matrices, in all of torch's threads: by torch, or in own blocks of a fixed size, whose bits depend
+// neither on the number of rows nor on that of the threads.
+class Multiplier {
+ public:
+  // `length`, `columns`: the most of a product's terms and columns, for own blocks.
+  Multiplier(bool own, int64_t length, int64_t columns);
+  // out = or += a b
+  void run(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const;
+
+ private:
+  void run_own(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const;
+
+  const bool own_;
+  const Scratch packed_;
+  const ThreadScratch sums_;
+};
+
+Multiplier::Multiplier(bool own, int64_t length, int64_t columns)
+    : own_(own),
+      packed_(own ? length * padded(columns) : 0),
+      sums_(own ? kernels_in_use().group * padded(columns) : 0) {}
+
+void Multiplier::run(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const {
+  own_ ? run_own(out, a, b, add) : gemm(out, a, b, add);
+}
+
+void Multiplier::run_own(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const {
+  const Kernels& kernels = kernels_in_use();
+  const int64_t width = kernels.panel_rows, length = b.rows, num_panels = ceil_div(b.columns, width);
+  std::vector<Panel> panels(num_panels);
+  for (int64_t p = 0; p < num_panels; p++) panels[p] = {p * width, std::min(width, b.columns - p * width), nullptr};
+  parallel(num_panels, width * length, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; p++) {
+      const float* first = b.data + panels[p].first * b.column_step;
+      kernels.pack(first, panels[p].rows, length, b.column_step, b.row_step, packed_.get() + p * width * length);
+    }
+  });
+  const OwnProduct job{a.data,    a.rows,        length, a.row_step, a.column_step, panels.data(), num_panels,
+                       b.columns, packed_.get(), add,    out.data,   out.row_step};
+  parallel(ceil_div(a.rows, kernels.group), kernels.group * length * b.columns,
+           [&](int64_t begin, int64_t end) { kernels.product(job, begin, end, sums_.get()); });
+}
+
 class WeightGradient {
  public:
   // by_copy: one product of all rows for each copy, instead of one for each segment.
@@ -169,24 +217,34 @@ class WeightGradient {
   int64_t n0_ = 0, n1_ = 0, d0_ = 0, d1_ = 0;
 };
 
-// d_c[s, k] += <dy_m, x_m delta_k^T> over the rows of weighting s: the streams' products again.
+// d_c[s, k] += <dy_m, x_m delta_k^T> over the rows of weighting s: the streams' products again. Tiles come from any
+// thread: each leaves its rows' sums in places of its own, which are added in order.
 void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Array& x, bool own, double* d_c) {
+  constexpr int64_t kRows = 256, kTile = 32;  // kTile: no tile of a product begins but at a multiple of it
   const Plan as_they_are;
   const float one = 1.0f;
-  const int64_t K = args.weights.K, N = args.weights.N;
-  std::vector<float> dy_row(N);
+  const int64_t K = args.weights.K, N = args.weights.N, tiles = ceil_div(N, kTile);
+  std::vector<double> sums(std::min(kRows, args.M) * tiles);
   for (int32_t k = 0; k < K; k++) {
-    Product product{args, as_they_are, x, false, own, {{0, args.M, 0}}, {{{false, 1, &k, &one}, -1}}, 1, nullptr, {}};
-    product.finish = [&](const Tile& tile) {
-      for (int64_t m = tile.m0; m < tile.m1; m++) {
-        kernels_in_use().widen(dy.data, dy.dtype, m * N + tile.j0, tile.j1 - tile.j0, 1.0f, dy_row.data());
-        const float* z = tile.data + (m - tile.m0) * tile.step;
-        double sum = 0.0;
-        for (int64_t j = 0; j < tile.j1 - tile.j0; j++) sum += static_cast<double>(dy_row[j]) * z[j];
-        d_c[args.row_map[m] * K + k] += sum;
+    Product product{args, as_they_are, x, false, own, {{}}, {{{false, 1, &k, &one}, -1}}, 1, nullptr, {}};
+    for (int64_t m0 = 0; m0 < args.M; m0 += kRows) {
+      product.segments[0] = {m0, std::min(args.M, m0 + kRows), 0};
+      std::fill(sums.begin(), sums.end(), 0.0);
+      product.finish = [&](const Tile& tile) {
+        std::vector<float> dy_row(tile.j1 - tile.j0);
+        for (int64_t m = tile.m0; m < tile.m1; m++) {
+          kernels_in_use().widen(dy.data, dy.dtype, m * N + tile.j0, tile.j1 - tile.j0, 1.0f, dy_row.data());
+          const float* z = tile.data + (m - tile.m0) * tile.step;
+          double sum = 0.0;
+          for (int64_t j = 0; j < tile.j1 - tile.j0; j++) sum += static_cast<double>(dy_row[j]) * z[j];
+          sums[(m - m0) * tiles + tile.j0 / kTile] = sum;
+        }
+      };
+      run_product(product);
+      for (int64_t m = m0; m < product.segments[0].end; m++) {
+        for (int64_t t = 0; t < tiles; t++) d_c[args.row_map[m] * K + k] += sums[(m - m0) * tiles + t];
       }
-    };
-    run_product(product);
+    }
   }
 }
 

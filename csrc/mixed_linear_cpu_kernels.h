@@ -34,7 +34,8 @@ constexpr int64_t kColumns = 2 * kWidth;
 
 extern const Kernels CLP_JOIN(kernels_, CLP_ISA);
 const Kernels CLP_JOIN(kernels_, CLP_ISA) = {
-    CLP_ISA::kColumns, CLP_ISA::kRows, CLP_ISA::kMaxDots, CLP_ISA::widen,   CLP_ISA::narrow,
-    CLP_ISA::mix,      CLP_ISA::pack,  CLP_ISA::rows,     CLP_ISA::product, CLP_ISA::grad};
+    CLP_ISA::kColumns, CLP_ISA::kRows,      CLP_ISA::kMaxDots, CLP_ISA::widen, CLP_ISA::narrow,
+    CLP_ISA::mix,      CLP_ISA::mix_panels, CLP_ISA::pack,     CLP_ISA::rows,  CLP_ISA::product,
+    CLP_ISA::grad};
 
 }  // namespace clp

@@ -60,6 +60,107 @@ static void mix(const Weights& w, const Mix& mix, int64_t n0, int64_t n1, int64_
   }
 }
 
+// kWidth weights of the mix, or the one in all lanes. The same fused operations: the bits of a weight do not depend on
+// where a block of them ends.
+template <typename Base, typename Delta>
+CLP_INLINE Vec mixed(const Mix& mix, const Base* base, const Delta* deltas, int64_t step) {
+  Vec sum = mix.base ? load(base) : splat(0.0f);
+  for (int64_t a = 0; a < mix.count; a++) sum += load(deltas + mix.copies[a] * step) * mix.c[a];
+  return sum;
+}
+
+template <typename Base, typename Delta>
+CLP_INLINE float mixed_one(const Mix& mix, const Base* base, const Delta* deltas, int64_t step) {
+  Vec sum = splat(mix.base ? load_one(base) : 0.0f);
+  for (int64_t a = 0; a < mix.count; a++) sum += splat(load_one(deltas + mix.copies[a] * step)) * mix.c[a];
+  return sum[0];
+}
+
+// A later row's part of each stream that `mix` reads: to the processor's own prefetcher every row is a new start.
+template <typename Base, typename Delta>
+CLP_INLINE void prefetch_streams(const Mix& mix, const Base* base, const Delta* deltas, int64_t step) {
+  if (mix.base) __builtin_prefetch(base);
+  for (int64_t a = 0; a < mix.count; a++) __builtin_prefetch(deltas + mix.copies[a] * step);
+}
+
+// Columns are inputs d, terms are outputs n: rows of weights become rows of panels.
+template <typename Base, typename Delta>
+static void mix_row_panels(const PanelsJob& job, const Base* base, const Delta* deltas) {
+  const Weights& w = job.weights;
+  const int64_t length = job.i1 - job.i0, columns = job.j1 - job.j0, ahead = 4;
+  const int64_t panels = (columns + kColumns - 1) / kColumns, size = panels * length * kColumns;
+  for (int64_t i = 0; i < length; i++) {
+    const Base* base_row = base + (job.i0 + i) * w.D + job.j0;
+    const Delta* delta_row = deltas + (job.i0 + i) * w.K * w.D + job.j0;
+    for (int64_t j = 0; i + ahead < length && j < columns; j += kWidth) {
+      prefetch_streams(*job.mixes[0], base_row + ahead * w.D + j, delta_row + ahead * w.K * w.D + j, w.D);
+    }
+    for (int64_t p = 0; p < panels; p++) {
+      for (int64_t s = 0; s < job.num_mixes; s++) {
+        const Mix& mix = *job.mixes[s];
+        float* out = job.out + s * size + (p * length + i) * kColumns;
+        for (int64_t j = p * kColumns; j < (p + 1) * kColumns; j += kWidth, out += kWidth) {
+          if (j + kWidth <= columns) {
+            store(out, mixed(mix, base_row + j, delta_row + j, w.D));
+            continue;
+          }
+          for (int64_t t = 0; t < kWidth; t++) {
+            out[t] = j + t < columns ? mixed_one(mix, base_row + j + t, delta_row + j + t, w.D) : 0.0f;
+          }
+        }
+      }
+    }
+  }
+}
+
+// Columns are outputs n, terms are inputs d: rows of weights become columns of panels.
+template <typename Base, typename Delta>
+static void mix_column_panels(const PanelsJob& job, const Base* base, const Delta* deltas) {
+  const Weights& w = job.weights;
+  const int64_t length = job.i1 - job.i0, columns = job.j1 - job.j0;
+  const int64_t width = (columns + kColumns - 1) / kColumns * kColumns, size = width * length;
+  for (int64_t j = 0; j < width; j += kWidth) {
+    const int64_t count = columns - j < kWidth ? columns - j : kWidth;  // may be negative: all past the end
+    const Base* base_rows = base + (job.j0 + j) * w.D + job.i0;
+    const Delta* delta_rows = deltas + (job.j0 + j) * w.K * w.D + job.i0;
+    for (int64_t i = 0; i < length; i += kWidth) {
+      for (int64_t t = 0; j + kWidth + t < columns && t < kWidth; t++) {
+        const int64_t n = kWidth + t;
+        prefetch_streams(*job.mixes[0], base_rows + n * w.D + i, delta_rows + n * w.K * w.D + i, w.D);
+      }
+      for (int64_t s = 0; s < job.num_mixes; s++) {
+        const Mix& mix = *job.mixes[s];
+        float* out = job.out + s * size + (j / kColumns * length + i) * kColumns + j % kColumns;
+        if (i + kWidth <= length) {
+          Vec block[kWidth];
+#pragma GCC unroll 16
+          for (int64_t t = 0; t < kWidth; t++) {
+            block[t] = splat(0.0f);
+            if (t < count) block[t] = mixed(mix, base_rows + t * w.D + i, delta_rows + t * w.K * w.D + i, w.D);
+          }
+          transpose(block);
+#pragma GCC unroll 16
+          for (int64_t t = 0; t < kWidth; t++) store(out + t * kColumns, block[t]);
+          continue;
+        }
+        for (int64_t d = i; d < length; d++, out += kColumns) {
+          for (int64_t t = 0; t < kWidth; t++) {
+            out[t] = t < count ? mixed_one(mix, base_rows + t * w.D + d, delta_rows + t * w.K * w.D + d, w.D) : 0.0f;
+          }
+        }
+      }
+    }
+  }
+}
+
+static void mix_panels(const PanelsJob& job) {
+  with_type(job.weights.base_dtype, job.weights.base, [&](const auto* base) {
+    with_type(job.weights.deltas_dtype, job.weights.deltas, [&](const auto* deltas) {
+      job.transposed ? mix_row_panels(job, base, deltas) : mix_column_panels(job, base, deltas);
+    });
+  });
+}
+
 static void pack(const float* rows, int64_t count, int64_t D, int64_t row_step, int64_t step, float* panel) {
   if (step != 1) {  // rows lie side by side
     if (count < kColumns) __builtin_memset(panel, 0, D * kColumns * 4);

@@ -92,23 +92,6 @@ std::vector<float> to_floats(const std::optional<Tensor>& tensor, const char* na
 
 const Kernels& kernels_in_use();
 
-// Products of matrices, in all of torch's threads: by torch, or in own blocks of a fixed size, whose bits depend
-// neither on the number of rows nor on that of the threads.
-class Multiplier {
- public:
-  // `length`, `columns`: the most of a product's terms and columns, for own blocks.
-  Multiplier(bool own, int64_t length, int64_t columns);
-  // out = or += a b
-  void run(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const;
-
- private:
-  void run_own(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const;
-
-  const bool own_;
-  const Scratch packed_;
-  const ThreadScratch sums_;
-};
-
 // The checked weights, coefficients and row map of a call; keeps contiguous copies alive where they were needed.
 class MixedLinearArgs {
  public:
@@ -163,13 +146,14 @@ struct Product {
   std::vector<Term> terms;
   int64_t terms_each;
   float* out;                // [M, columns], for rows in their own order; null: tiles lie in scratch memory
-  std::function<void(const Tile&)> finish;  // called with each tile of final sums; or empty
+  std::function<void(const Tile&)> finish;  // called with each tile of final sums, by any thread; or empty
 
   int64_t length() const { return transposed ? args.weights.N : args.weights.D; }
   int64_t columns() const { return transposed ? args.weights.D : args.weights.N; }
 };
 
 void run_product(const Product& product);
+void run_blocks(const Product& product);
 
 // Writes y, whose N columns follow x's rows. x, c and row_map are contiguous, and of any rank.
 void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,

@@ -75,16 +75,21 @@ struct StridedRows {
 
 CLP_INLINE const float* piece(const StridedRows& rows, int64_t row, int64_t d, int64_t steps, float* wide) {
   const float* from = rows.first + row * rows.row_step + d * rows.step;
-  if (rows.step == 1) return from;
+  if (rows.step == 1) {
+    if (row + kRows < rows.count) {
+      for (int64_t t = 0; t < steps; t += 16) __builtin_prefetch(from + kRows * rows.row_step + t);
+    }
+    return from;
+  }
   for (int64_t t = 0; t < steps; t++) wide[t] = from[t * rows.step];
   return wide;
 }
 
 // out[row * step + p * kColumns + i] = <row, x_i of panel p>, block after block of kChain terms; for `count` rows from
-// `row`.
+// `row`. Added to what is there where `add`.
 template <typename Rows>
 static void group_products(const Rows& rows, int64_t row, int64_t count, const Panel* panels, int64_t num_panels,
-                           const float* x, float* out, int64_t step) {
+                           const float* x, float* out, int64_t step, bool add) {
   alignas(64) float wide[kRows * kChain];
   const int64_t D = rows.D;
   const Multiply two = multiply_for<kRows, 2>(count), one = multiply_for<kRows, 1>(count);
@@ -94,7 +99,7 @@ static void group_products(const Rows& rows, int64_t row, int64_t count, const P
     for (int64_t j = 0; j < count; j++) w[j] = piece(rows, row + j, d, steps, wide + j * kChain);
     for (int64_t p = 0; p < num_panels; p++) {
       const auto multiply_panel = panels[p].rows > kWidth ? two : one;
-      multiply_panel(w, x + (p * D + d) * kColumns, steps, out + p * kColumns, step, d > 0);
+      multiply_panel(w, x + (p * D + d) * kColumns, steps, out + p * kColumns, step, add || d > 0);
     }
   }
 }
@@ -105,7 +110,7 @@ static void all_products(const Rows& rows, const Panel* panels, int64_t num_pane
                          int64_t step) {
   for (int64_t row = 0; row < rows.count; row += kRows) {
     const int64_t count = rows.count - row < kRows ? rows.count - row : kRows;
-    group_products(rows, row, count, panels, num_panels, x, out + row * step, step);
+    group_products(rows, row, count, panels, num_panels, x, out + row * step, step, false);
   }
 }
 
@@ -114,7 +119,12 @@ static void product(const OwnProduct& job, int64_t group_begin, int64_t group_en
   const int64_t step = job.num_panels * kColumns;
   for (int64_t group = group_begin; group < group_end; group++) {
     const int64_t row = group * kRows, count = rows.count - row < kRows ? rows.count - row : kRows;
-    group_products(rows, row, count, job.panels, job.num_panels, job.b, sums, step);
+    if (job.columns == step) {
+      float* out = job.out + row * job.out_step;
+      group_products(rows, row, count, job.panels, job.num_panels, job.b, out, job.out_step, job.add);
+      continue;
+    }
+    group_products(rows, row, count, job.panels, job.num_panels, job.b, sums, step, false);
     for (int64_t j = 0; j < count; j++) {
       float* out = job.out + (row + j) * job.out_step;
       const float* from = sums + j * step;

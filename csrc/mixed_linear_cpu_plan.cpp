@@ -13,6 +13,11 @@ constexpr double kPackPanel = 6.0;
 constexpr double kOwnRow = 1.1;
 constexpr int64_t kSpreadRows = 8;
 
+// Rows of a segment. Measured in float32 with K = 2 on two Zen 3 cores, torch's product and own blocks, forward and
+// gradient of x in ms: N = D = 2048, 32 segments of 32 rows 253 139, 299 131; 8 of 128 119 95, 135 86; 2 of 512 68 75,
+// 79 77; N = D = 576, 4 of 320 8.2 7.5, 9.4 7.9.
+constexpr int64_t kShortRows = 400;
+
 }  // namespace
 
 Plan plan_rows(const int32_t* row_map, int64_t M, int64_t S) {
@@ -76,6 +81,8 @@ bool streams_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, b
   const double mixed = num_segments * (streams * kMixStream + kPackPanel) + rows;
   return own_kernel ? streams * rows * kOwnRow <= mixed : streams * (rows + kPackPanel) <= mixed;
 }
+
+bool segments_are_short(int64_t M, int64_t num_segments) { return M < kShortRows * num_segments; }
 
 bool copies_are_cheaper(int64_t M, int64_t num_segments, int64_t K) {
   return M < (kSpreadRows + 2 * K) * num_segments;

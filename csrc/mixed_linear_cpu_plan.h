@@ -34,8 +34,13 @@ class Mixes {
 };
 
 // Whether the streams' products are cheaper formed each for itself, for all rows, than the mix of each segment.
-// The forward does so in its own kernel, the gradient of x by torch's products, which cost more for few rows.
+// The forward does so in its own kernel, the gradient of x for the most part by torch's products, which cost more for
+// few rows.
 bool streams_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, bool own_kernel);
+
+// Whether so few rows share a weighting that own blocks take less time than torch's product, which packs the mix of
+// each segment anew.
+bool segments_are_short(int64_t M, int64_t num_segments);
 
 // Whether one weight gradient for each copy is cheaper than one for each segment, spread over the copies.
 bool copies_are_cheaper(int64_t M, int64_t num_segments, int64_t K);

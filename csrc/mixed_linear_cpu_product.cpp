@@ -15,17 +15,10 @@ constexpr int64_t kColumns = 256;
 // Lengths of the sum and rows of one block, so that panel, rows and results make up at most 3.5 MiB.
 constexpr int64_t kLength = 3584;
 constexpr int64_t kStagedLength = 1024, kStagedRows = 512;
-// With own blocks the panel exists once more, packed.
-constexpr int64_t kOwnRows = 256;
 
 // The length of equal blocks, none above `most`; at least 1.
 int64_t even_blocks(int64_t size, int64_t most) {
   return size == 0 ? 1 : ceil_div(size, ceil_div(size, most));
-}
-
-int64_t padded(int64_t columns) {
-  const int64_t width = kernels_in_use().panel_rows;
-  return ceil_div(columns, width) * width;
 }
 
 class Run {
@@ -35,11 +28,9 @@ class Run {
         weights_(product.args.weights),
         is_staged_(!product.a.is_float() || !product.out || !product.plan.order.empty() ||
                    product.terms.back().row_scale >= 0),
-        // Own blocks: the same for every batch, staged or not.
-        length_(even_blocks(product.length(), is_staged_ || product.own ? kStagedLength : kLength)),
+        length_(even_blocks(product.length(), is_staged_ ? kStagedLength : kLength)),
         columns_(std::min(kColumns, product.columns())),
-        rows_(std::min(product.own ? kOwnRows : kStagedRows, product.args.M)),
-        multiplier_(product.own, length_, columns_),
+        rows_(std::min(kStagedRows, product.args.M)),
         panel_(columns_ * length_),
         staged_(is_staged_ ? rows_ * length_ : 0),
         tile_(product.out ? 0 : rows_ * columns_) {}
@@ -70,7 +61,7 @@ class Run {
       for (int64_t i0 = 0; i0 < product_.length() || i0 == 0; i0 += length_, add = true) {
         const int64_t i1 = std::min(product_.length(), i0 + length_);
         const Matrix out{tile.data, m1 - m0, j1 - j0, tile.step, 1};
-        multiplier_.run(out, rows(*term, m0, m1, i0, i1), panel(*term, i0, i1, j0, j1), add);
+        gemm(out, rows(*term, m0, m1, i0, i1), panel(*term, i0, i1, j0, j1), add);
       }
     }
     if (product_.finish) product_.finish(tile);
@@ -126,7 +117,6 @@ class Run {
   const Weights& weights_;
   const bool is_staged_;
   const int64_t length_, columns_, rows_;
-  const Multiplier multiplier_;
   const Scratch panel_, staged_, tile_;
   const Term* in_panel_ = nullptr;
   int64_t first_in_panel_ = 0;
@@ -134,32 +124,12 @@ class Run {
 
 }  // namespace
 
-Multiplier::Multiplier(bool own, int64_t length, int64_t columns)
-    : own_(own),
-      packed_(own ? length * padded(columns) : 0),
-      sums_(own ? kernels_in_use().group * padded(columns) : 0) {}
-
-void Multiplier::run(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const {
-  own_ ? run_own(out, a, b, add) : gemm(out, a, b, add);
+void run_product(const Product& product) {
+  if (product.own) {
+    run_blocks(product);
+  } else {
+    Run(product).run();
+  }
 }
-
-void Multiplier::run_own(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const {
-  const Kernels& kernels = kernels_in_use();
-  const int64_t width = kernels.panel_rows, length = b.rows, num_panels = ceil_div(b.columns, width);
-  std::vector<Panel> panels(num_panels);
-  for (int64_t p = 0; p < num_panels; p++) panels[p] = {p * width, std::min(width, b.columns - p * width), nullptr};
-  parallel(num_panels, width * length, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      const float* first = b.data + panels[p].first * b.column_step;
-      kernels.pack(first, panels[p].rows, length, b.column_step, b.row_step, packed_.get() + p * width * length);
-    }
-  });
-  const OwnProduct job{a.data,    a.rows,        length, a.row_step, a.column_step, panels.data(), num_panels,
-                       b.columns, packed_.get(), add,    out.data,   out.row_step};
-  parallel(ceil_div(a.rows, kernels.group), kernels.group * length * b.columns,
-           [&](int64_t begin, int64_t end) { kernels.product(job, begin, end, sums_.get()); });
-}
-
-void run_product(const Product& product) { Run(product).run(); }
 
 }  // namespace clp

@@ -113,6 +113,32 @@ def test_gradients_are_added_to_the_buffer_in_float32(isa, dtype, M, S, batch_in
     torch.testing.assert_close((main_grad - before).double(), exact, rtol=1e-5, atol=2e-6 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("M", "S"), [(400, 20), (2600, 20)])  # more than 8 weightings, and more than 2048 rows
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_many_short_segments(isa, dtype, M, S, shuffled, batch_invariant):
+    a = problem(M, 70, 37, 3, S, dtype, dtype)
+    row_map = segments(M, S, shuffled)
+    how = {"batch_invariant": batch_invariant}
+    dx = backward_x(a["dy"], a["base"], a["deltas"], a["c"], row_map, **how)
+    d_deltas, d_c = backward_deltas(a["dy"], a["x"], a["deltas"], a["c"], row_map, True, True, **how)
+    ours = {
+        "y": forward(a["x"], a["base"], a["deltas"], a["c"], row_map, None, None, **how),
+        "dx": dx,
+        "d_deltas": d_deltas,
+        "d_c": d_c,
+    }
+    wide = {name: tensor.double().requires_grad_() for name, tensor in a.items()}
+    y = mixed_linear_ref(wide["x"], wide["base"], wide["deltas"], wide["c"], row_map=row_map)
+    wanted = [wide[name] for name in ("x", "deltas", "c")]
+    exact = dict(zip(ours, (y, *torch.autograd.grad(y, wanted, wide["dy"].detach())), strict=True))
+    for name, value in exact.items():
+        rounding = torch.finfo(F32 if name == "d_c" else dtype).eps
+        size = value.abs().max().item()
+        torch.testing.assert_close(ours[name].double(), value, rtol=2 * rounding, atol=4e-6 * size, msg=name)
+
+
 @pytest.mark.parametrize("bad", [torch.zeros(37, 3, 71), torch.zeros(3, 37, 70), torch.zeros(37, 3, 70, dtype=F16)])
 def test_a_buffer_that_does_not_fit_raises(bad):
     a = problem(4, 70, 37, 3, 1, F32, F32)
