@@ -46,7 +46,7 @@ def measure(benchmark: Any, work: Workload, budget_s: float, with_compiled: bool
     expected = work.expected()
     costs, shares = {}, {}
     for name in sorted(work.contenders, key=lambda name: name not in (OURS, CEILING)):
-        if name in work.mixing_peers and _is_hopeless(costs):
+        if name in work.mixing_peers and is_hopeless(costs):
             continue
         costs[name], shares[name] = _prove(work, name, work.contenders[name], expected)
     left_out = [name for name in work.contenders if name not in costs]
@@ -65,10 +65,10 @@ def measure(benchmark: Any, work: Workload, budget_s: float, with_compiled: bool
     benchmark.pedantic(plan.functions[OURS], setup=lambda: plan.run_others(next(order)), rounds=plan.rounds)
     plan.seconds[OURS] = [benchmark.stats.stats.median]
     figures = Figures(calls, plan.seconds, peaks, shares, buffer.numel() * buffer.element_size())
-    benchmark.extra_info.update(describe_case(work, figures), left_out=left_out)
+    benchmark.extra_info.update(describe_case(work, figures, left_out))
 
 
-def _is_hopeless(costs: dict[str, float]) -> bool:
+def is_hopeless(costs: dict[str, float]) -> bool:
     """torch's bfloat16 GEMM without AVX-512 takes 100 times ours."""
     return costs[CEILING] > max(LONG_CALL_S, HOPELESS * costs[OURS])
 
@@ -159,7 +159,7 @@ def _plan(work: Workload, calls: int, buffer: Tensor, costs: dict[str, float], b
             timed.add(name)
             clear(name)
     always = [name for name in functions if name in (OURS, CEILING) or name.startswith("read-")]
-    if _is_hopeless(costs):
+    if is_hopeless(costs):
         always.remove(CEILING)
     round_s = sum(costs[name] for name in always)
     rounds = 3 if round_s > SLOW_S else max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / 2 / round_s)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bench.measure import Figures
 
 
-def describe_case(work: Workload, figures: Figures) -> dict[str, Any]:
+def describe_case(work: Workload, figures: Figures, left_out: Sequence[str]) -> dict[str, Any]:
     """Return the benchmark's `extra_info`; every figure in it is of this run."""
     seconds = {name: figures.seconds(name) / figures.calls for name in work.contenders}
     ours_s = seconds[OURS]
@@ -38,6 +38,7 @@ def describe_case(work: Workload, figures: Figures) -> dict[str, Any]:
         "gigaflops_per_s": work.flops / ours_s / 1e9,
         "gemm_gigaflops_per_s": None,
         "peak_mib_above_results": figures.peaks_mib,
+        "left_out": list(left_out),
     }
     if work.gemm is not None:
         (M, D), N = work.gemm[0].shape, work.gemm[1].shape[0]
@@ -60,4 +61,6 @@ def format_case(name: str, info: Mapping[str, Any]) -> list[str]:
     if others:
         times = sorted(others.items(), key=lambda item: item[1])
         lines.append("    time / ours: " + ", ".join(f"{key} {ratio:.3g}x" for key, ratio in times))
+    if info["left_out"]:
+        lines.append(f"    left out, the ceiling alone being so slow: {', '.join(info['left_out'])}")
     return lines + [f"    {format_verdict(verdict)}" for verdict in info["targets"]]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bench.cases import Case
 from bench.correctness import Expected, Part, check, expect, sample
-from bench.measure import Plan
+from bench.measure import Plan, is_hopeless
 from bench.memory import measure_peak
 from bench.targets import READS_AT_BANDWIDTH, faster_than
 from bench.workload import Contender, make_rotation
@@ -65,6 +65,12 @@ def test_a_slow_peer_takes_part_in_its_share_of_rounds() -> None:
     for index in range(10):
         plan.run_others(index)
     assert {name: len(times) for name, times in plan.seconds.items()} == {"plain": 10, "slow": 3}
+
+
+def test_only_a_ceiling_that_is_slow_and_far_behind_is_hopeless() -> None:
+    assert is_hopeless({"ours": 0.1, "plain": 14.0})
+    assert not is_hopeless({"ours": 9.0, "plain": 8.0})  # a big problem
+    assert not is_hopeless({"ours": 0.001, "plain": 0.1})  # soon done
 
 
 def test_a_rotation_is_one_buffer_of_equal_sets() -> None:
