@@ -20,7 +20,9 @@ struct DotRows {
 template <int J, int R, typename Weight>
 CLP_INLINE void dot_block(const DotRows<Weight>& rows, const float* x, int64_t x_step, int64_t length, bool add,
                           float* out, int64_t step) {
-  constexpr int64_t line = 64 / sizeof(Weight), ahead = 8 * line;
+  // Lines fetched ahead. A row of 16-bit weights is soon over, and sums of lanes follow each: with 16 lines instead of
+  // 8 bf16 takes .75 to .97 of the time (K = 2 to 4, 1 to 4 rows, 2048 x 2048, two Zen 3 cores).
+  constexpr int64_t line = 64 / sizeof(Weight), ahead = (sizeof(Weight) == 4 ? 8 : 16) * line;
   constexpr int U = J * R * 2 <= 12 && line >= 2 * kWidth ? 2 : 1;
   Vec sum[U][J][R];
 #pragma GCC unroll 2
