@@ -5,7 +5,7 @@
 //   fewer                               blocks of the mixes into an own product     mixed_linear_cpu_blocks.cpp
 //   batch_invariant                     each row by its mix, in own fixed blocks    rows, blocks
 //
-// The gradients of the deltas and coefficients are in mixed_linear_cpu_grad.cpp and mixed_linear_cpu_segments.cpp.
+// The gradients of the deltas and coefficients are in mixed_linear_cpu_grad.cpp.
 #include <algorithm>
 
 #include "cpu_features.h"

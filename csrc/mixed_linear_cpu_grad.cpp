@@ -220,15 +220,17 @@ class WeightGradient {
 // d_c[s, k] += <dy_m, x_m delta_k^T> over the rows of weighting s: the streams' products again. Tiles come from any
 // thread: each leaves its rows' sums in places of its own, which are added in order.
 void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Array& x, bool own, double* d_c) {
-  constexpr int64_t kRows = 256, kTile = 32;  // kTile: no tile of a product begins but at a multiple of it
+  // No tile of a product begins but at a multiple of kTile; the sums make up at most 2 MiB.
+  constexpr int64_t kTile = 32, kMostRows = 256, kSums = 1 << 18;
   const Plan as_they_are;
   const float one = 1.0f;
   const int64_t K = args.weights.K, N = args.weights.N, tiles = ceil_div(N, kTile);
-  std::vector<double> sums(std::min(kRows, args.M) * tiles);
+  const int64_t rows = std::clamp<int64_t>(kSums / std::max<int64_t>(tiles, 1), 1, std::min(kMostRows, args.M));
+  std::vector<double> sums(rows * tiles);
   for (int32_t k = 0; k < K; k++) {
     Product product{args, as_they_are, x, false, own, {{}}, {{{false, 1, &k, &one}, -1}}, 1, nullptr, {}};
-    for (int64_t m0 = 0; m0 < args.M; m0 += kRows) {
-      product.segments[0] = {m0, std::min(args.M, m0 + kRows), 0};
+    for (int64_t m0 = 0; m0 < args.M; m0 += rows) {
+      product.segments[0] = {m0, std::min(args.M, m0 + rows), 0};
       std::fill(sums.begin(), sums.end(), 0.0);
       product.finish = [&](const Tile& tile) {
         std::vector<float> dy_row(tile.j1 - tile.j0);

@@ -154,10 +154,13 @@ static void mix_column_panels(const PanelsJob& job, const Base* base, const Delt
 }
 
 static void mix_panels(const PanelsJob& job) {
-  with_type(job.weights.base_dtype, job.weights.base, [&](const auto* base) {
-    with_type(job.weights.deltas_dtype, job.weights.deltas, [&](const auto* deltas) {
-      job.transposed ? mix_row_panels(job, base, deltas) : mix_column_panels(job, base, deltas);
-    });
+  const Weights& w = job.weights;
+  const auto run = [&](const auto* base, const auto* deltas) {
+    job.transposed ? mix_row_panels(job, base, deltas) : mix_column_panels(job, base, deltas);
+  };
+  with_type(w.deltas_dtype, w.deltas, [&](const auto* deltas) {
+    if (!w.base) return run(deltas, deltas);  // never read as a base, but a place to count from
+    with_type(w.base_dtype, w.base, [&](const auto* base) { run(base, deltas); });
   });
 }
 
