@@ -6,21 +6,29 @@ V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from clp_engine.model import CLPModel, tag_cache
 
+if TYPE_CHECKING:
+    from transformers import LogitsProcessor
+
 # Tokens between two looks at which rows have ended: to drop a row copies the cache of the others, and each piece is a
 # generate of its own (a few ms).
-PIECE = 4
+PIECE = 2
 
 
 def decode(
-    model: Any, inputs: dict[str, Any], num_generations: int, max_new_tokens: int, return_logits: bool
+    model: Any,
+    inputs: dict[str, Any],
+    num_generations: int,
+    max_new_tokens: int,
+    return_logits: bool,
+    sampler: LogitsProcessor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Complete each prompt `num_generations` times, greedily or by sampling as `model.generation_config` says.
+    """Complete each prompt `num_generations` times by `model.generation_config`.
 
     Equivalent to `model.generate(**{name: t.repeat_interleave(n, 0) for name, t in inputs.items()})[:, P:]`, up to
     rounding and the order of random draws. A conditioned model whose cache can select rows runs a group's prompt once
@@ -35,11 +43,14 @@ def decode(
         num_generations: n.
         max_new_tokens: L at most.
         return_logits: also return the logits that the tokens were drawn from.
+        sampler: what draws from the logits, for a generation_config that decodes greedily; None leaves the choice to
+            the config.
 
     Returns:
         completion_ids_BL, padded after their end, and the logits [B, L, V] or None; those of positions after the end
         mean nothing.
     """
+    options = {"output_logits": return_logits, "logits_processor": None if sampler is None else [sampler]}
     if isinstance(model, CLPModel) and inputs["input_ids"].shape[1] > 1 and _saves(model):
         shared = _share_prefix(model, inputs, max_new_tokens)
         cache = _prefill(model, shared)
@@ -47,8 +58,8 @@ def decode(
             cache.batch_repeat_interleave(num_generations)
             repeated = {**_repeat(shared, num_generations), "past_key_values": cache}
             tag_cache(cache, repeated["coefficients"])
-            return _in_pieces(model, repeated, max_new_tokens, return_logits)
-    return _generate(model, _repeat(inputs, num_generations), max_new_tokens, return_logits)[:2]
+            return _in_pieces(model, repeated, max_new_tokens, options)
+    return _generate(model, _repeat(inputs, num_generations), max_new_tokens, options)[:2]
 
 
 def rows_can_be_selected(cache: Any) -> bool:
@@ -158,17 +169,15 @@ def _prefill(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 def _generate(
-    model: Any, inputs: dict[str, Any], max_new_tokens: int, return_logits: bool
+    model: Any, inputs: dict[str, Any], max_new_tokens: int, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-    out = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, output_logits=return_logits
-    )
+    out = model.generate(**inputs, **options, max_new_tokens=max_new_tokens, return_dict_in_generate=True)
     new_ids = out.sequences[:, inputs["input_ids"].shape[1] :]
-    return new_ids, torch.stack(out.logits, dim=1) if return_logits else None, out.past_key_values
+    return new_ids, torch.stack(out.logits, dim=1) if options["output_logits"] else None, out.past_key_values
 
 
 def _in_pieces(
-    model: Any, inputs: dict[str, Any], max_new_tokens: int, return_logits: bool
+    model: Any, inputs: dict[str, Any], max_new_tokens: int, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     eos_ids, pad_id = model.generation_config.eos_token_id, model.generation_config.pad_token_id
     ends = torch.tensor([] if eos_ids is None else eos_ids, device=inputs["input_ids"].device).flatten()
@@ -177,7 +186,7 @@ def _in_pieces(
     logits_BLV, done = None, 0
     while done < max_new_tokens and len(rows):
         size = min(PIECE, max_new_tokens - done)
-        new_ids, logits, cache = _generate(model, inputs, size, return_logits)
+        new_ids, logits, cache = _generate(model, inputs, size, options)
         stop = done + new_ids.shape[1]
         ids_BL[rows, done:stop] = new_ids
         if logits is not None:

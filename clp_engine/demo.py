@@ -56,7 +56,7 @@ class DemoSettings:
     prompts_per_step: int = 4
     num_generations: int = 10
     max_completion_length: int = 24
-    learning_rate: float = 3e-4
+    learning_rate: float = 4e-4
     kl_weight: float = 0.12
     dirichlet_concentration: float = 0.5
     num_reference_samples: int = 64

@@ -14,6 +14,7 @@ import torch
 
 from clp_engine.decoding import decode
 from clp_engine.model import CLPModel
+from clp_engine.sampling import InverseCDFSampler
 from clp_engine.weighting import KLWeight, RewardWeights
 
 
@@ -146,12 +147,10 @@ def rollout(
     weighting = {"reward_weights": reward_weights, "kl_weight": kl_weight}
     if isinstance(model, CLPModel):
         weighting = {"coefficients": model.coefficients(len(prompts), reward_weights, kl_weight).to(device)}
-    with (
-        _evaluating(model),
-        _plain_decoding(model, processing_class, temperature if do_sample else None),
-    ):
+    sampler = InverseCDFSampler(temperature) if do_sample else None
+    with _evaluating(model), _plain_decoding(model, processing_class):
         inputs = {"input_ids": ids_GP, "attention_mask": mask_GP, **weighting}
-        completion_ids, logits_BLV = decode(model, inputs, num_generations, max_new_tokens, return_logits)
+        completion_ids, logits_BLV = decode(model, inputs, num_generations, max_new_tokens, return_logits, sampler)
         eos_ids = model.generation_config.eos_token_id
     is_eos = torch.isin(completion_ids, torch.tensor(_as_list(eos_ids), device=completion_ids.device))
     before = is_eos.cumsum(dim=1) - is_eos.long()
@@ -180,21 +179,16 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _plain_decoding(model: Any, processing_class: Any, temperature: float | None) -> Iterator[None]:
-    """Swap the model's generation_config for one that draws at `temperature` (None: greedy) and warps nothing else:
-    what transformers leaves unset falls back to it and then to top_k = 50, so every field that would change the
-    distribution is set or absent here.
+def _plain_decoding(model: Any, processing_class: Any) -> Iterator[None]:
+    """Swap the model's generation_config for one that takes the likeliest token and changes no logit, whatever
+    penalties its own names; where tokens are drawn, a sampler leaves one of them.
     """
     from transformers import GenerationConfig
 
     own = model.generation_config
     eos = own.eos_token_id if own is not None and own.eos_token_id is not None else processing_class.eos_token_id
-    sampling = {} if temperature is None else {"temperature": temperature, "top_p": 1.0, "top_k": 0}
     model.generation_config = GenerationConfig(
-        do_sample=temperature is not None,
-        **sampling,
-        eos_token_id=eos,
-        pad_token_id=pad_token_id(processing_class),
+        do_sample=False, eos_token_id=eos, pad_token_id=pad_token_id(processing_class)
     )
     try:
         yield

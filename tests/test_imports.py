@@ -21,6 +21,7 @@ ORDER = (
         "clp_engine.layers",
         "clp_engine.model",
         "clp_engine.checkpoint",
+        "clp_engine.sampling",
         "clp_engine.decoding",
         "clp_engine.rollout",
         "clp_engine.logprobs",

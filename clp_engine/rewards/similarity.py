@@ -64,7 +64,7 @@ class Closeness:
 
     The cosine is that of sentence embeddings of completion and source, 0 where negative; from `cap` on it gains
     nothing more; the fourth power tells near from nearer, sentences on one subject being all at .6 to 1. `copied` is
-    the share of words within 4-grams of the source; a `copy_penalty` asks for other words.
+    the share of words within 4-grams of the source; `copy_penalty` asks for other words.
 
     Args:
         source_column: column with the text to be close to.
@@ -80,7 +80,7 @@ class Closeness:
         self,
         source_column: str = "source",
         cap: float = 1.0,
-        copy_penalty: float = 0.0,
+        copy_penalty: float = 0.25,
         model: str | Path | None = None,
     ) -> None:
         if not 0.0 < cap <= 1.0:

@@ -23,45 +23,60 @@ def scalarise(w_BR: torch.Tensor, rewards_BR: torch.Tensor) -> torch.Tensor:
     return scalar_B.masked_fill(rewards_BR.isnan().all(dim=1), float("nan"))
 
 
-def regularised_return(scalar_B: torch.Tensor, kl_B: torch.Tensor, kl_weight: float) -> torch.Tensor:
-    """Return of each row, `(1 - alpha) * scalar - alpha * kl`, kl = log pi(y|x) - log pi_ref(y|x) in nats."""
-    return (1 - kl_weight) * scalar_B - kl_weight * kl_B
+def regularised_returns(scalar_B: torch.Tensor, kl_BL: torch.Tensor, kl_weight: float) -> torch.Tensor:
+    """Return of each token, `(1 - alpha) * scalar - alpha * (kl of this token and of those after it)`.
 
-
-def leave_one_out_advantages(returns_B: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Advantage of each row over the mean of its group's other rows.
-
-    Equivalent to `n / (n - 1) * (returns.view(-1, n) - returns.view(-1, n).mean(1, keepdim=True))` without NaN. A row
-    whose return is NaN (no reward applies) is left out of its group's baselines and gets advantage 0; so does a row
-    that is alone in its group.
+    Equivalent to `(1 - alpha) * scalar[:, None] - alpha * kl.flip(1).cumsum(1).flip(1)`; its first column is the
+    return of the whole answer. What the tokens before have cost is no consequence of this one: left in, it would add
+    noise to the gradient and nothing to its expectation.
 
     Args:
-        returns_B: rows of one (prompt, weighting) next to each other.
+        scalar_B: weighted reward of the whole answer.
+        kl_BL: log pi(token) - log pi_ref(token) in nats, 0 after the end.
+        kl_weight: alpha.
+
+    Returns:
+        returns_BL.
+    """
+    kl_to_go_BL = kl_BL.flip(1).cumsum(dim=1).flip(1)
+    return (1 - kl_weight) * scalar_B[:, None] - kl_weight * kl_to_go_BL
+
+
+def leave_one_out_advantages(returns_BL: torch.Tensor, num_generations: int) -> torch.Tensor:
+    """Advantage of each token over the mean return at its position of its group's other rows.
+
+    Equivalent to `n / (n - 1) * (groups - groups.mean(1, keepdim=True))` with `groups = returns.view(-1, n, L)` without
+    NaN. A row whose return is NaN (no reward applies) is left out of its group's baselines and gets advantage 0; so
+    does a row that is alone in its group.
+
+    Args:
+        returns_BL: rows of one (prompt, weighting) next to each other.
         num_generations: n.
 
     Returns:
-        advantages_B: finite.
+        advantages_BL: finite.
 
     Raises:
         ValueError: B is no multiple of n.
     """
-    if returns_B.numel() % num_generations:
-        raise ValueError(f"{returns_B.numel()} returns do not split into groups of num_generations {num_generations}")
-    groups = returns_B.view(-1, num_generations)
-    scored = ~groups.isnan()
-    values = groups.nan_to_num(0.0)
-    others = scored.sum(dim=1, keepdim=True) - scored.long()
-    baseline = (values.sum(dim=1, keepdim=True) - values) / others.clamp(min=1)
-    return torch.where(scored & (others > 0), values - baseline, 0.0).view(-1)
+    if len(returns_BL) % num_generations:
+        raise ValueError(f"{len(returns_BL)} returns do not split into groups of num_generations {num_generations}")
+    groups_GnL = returns_BL.view(-1, num_generations, returns_BL.shape[1])
+    scored_GnL = ~groups_GnL.isnan()
+    values_GnL = groups_GnL.nan_to_num(0.0)
+    others_GnL = scored_GnL.sum(dim=1, keepdim=True) - scored_GnL.long()
+    baseline_GnL = (values_GnL.sum(dim=1, keepdim=True) - values_GnL) / others_GnL.clamp(min=1)
+    advantages_GnL = torch.where(scored_GnL & (others_GnL > 0), values_GnL - baseline_GnL, 0.0)
+    return advantages_GnL.view_as(returns_BL)
 
 
-def reinforce_loss(logprobs_BL: torch.Tensor, advantages_B: torch.Tensor) -> torch.Tensor:
-    """Policy-gradient loss, `-(advantages * logprobs.sum(1)).mean()`.
+def reinforce_loss(logprobs_BL: torch.Tensor, advantages_BL: torch.Tensor) -> torch.Tensor:
+    """Policy-gradient loss, `-(advantages * logprobs).sum(1).mean()`.
 
     The denominator is the number of sequences: the expectation is over answers, and a long answer is one answer.
 
     Args:
         logprobs_BL: log-probabilities of the sampled tokens, 0 after the end; the end-of-sequence token counts.
-        advantages_B: without gradient.
+        advantages_BL: without gradient.
     """
-    return -(advantages_B.detach() * logprobs_BL.sum(dim=1)).mean()
+    return -(advantages_BL.detach() * logprobs_BL).sum(dim=1).mean()

@@ -22,7 +22,7 @@ from clp_engine.rollout import rollout
 from clp_engine.training.config import CLPTrainingConfig
 from clp_engine.training.objective import (
     leave_one_out_advantages,
-    regularised_return,
+    regularised_returns,
     reinforce_loss,
     scalarise,
 )
@@ -183,12 +183,12 @@ class CLPTrainer(Trainer):
             raise NotImplementedError("CLPTrainer has no outputs to return: use evaluate() or clp_engine.evaluation")
         completions = inputs["rollout"]
         logprobs_BL = self._logprobs(model, completions, inputs["coefficients_GK"])
-        kl_B = (logprobs_BL.detach() - inputs["reference_BL"]).sum(dim=1)
-        returns_B = regularised_return(inputs["scalar_B"], kl_B, self.args.kl_weight)
-        advantages_B = leave_one_out_advantages(returns_B, completions.num_generations)
-        self._metrics["kl"].append(kl_B.mean().item())
-        self._metrics["objective"].append(returns_B.nanmean().item())
-        return reinforce_loss(logprobs_BL, advantages_B)
+        kl_BL = logprobs_BL.detach() - inputs["reference_BL"]
+        returns_BL = regularised_returns(inputs["scalar_B"], kl_BL, self.args.kl_weight)
+        advantages_BL = leave_one_out_advantages(returns_BL, completions.num_generations)
+        self._metrics["kl"].append(kl_BL.sum(dim=1).mean().item())
+        self._metrics["objective"].append(returns_BL[:, 0].nanmean().item())
+        return reinforce_loss(logprobs_BL, advantages_BL)
 
     @torch.no_grad()
     def _reference_logprobs(self, model: Any, completions: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from clp_engine.training.objective import leave_one_out_advantages, regularised_return, reinforce_loss, scalarise
+from clp_engine.training.objective import leave_one_out_advantages, regularised_returns, reinforce_loss, scalarise
 from clp_engine.training.reward_statistics import RewardStatistics
 from clp_engine.training.weighting_sampler import WeightingSampler
 
@@ -20,49 +20,75 @@ def test_scalarise_leaves_out_what_does_not_apply():
     assert got[2].isnan()
 
 
-def test_regularised_return_is_the_papers_objective():
-    got = regularised_return(torch.tensor([2.0, -1.0]), torch.tensor([10.0, 0.5]), 0.05)
-    assert torch.allclose(got, torch.tensor([0.95 * 2 - 0.5, -0.95 - 0.025]))
+def test_the_first_return_is_the_papers_objective_and_later_ones_leave_out_what_was_paid():
+    kl_BL = torch.tensor([[10.0, -2.0, 1.0], [0.5, 0.25, 0.0]])
+    got = regularised_returns(torch.tensor([2.0, -1.0]), kl_BL, 0.05)
+    rewards, to_go = torch.tensor([[1.9], [-0.95]]), torch.tensor([[9.0, -1.0, 1.0], [0.75, 0.25, 0.0]])
+    assert torch.allclose(got, rewards - 0.05 * to_go)
 
 
-def test_leave_one_out_compares_within_a_group_only():
-    returns = torch.tensor([1.0, 2.0, 6.0, 100.0, 100.0, 100.0])
-    expected = torch.tensor([1.0 - 4.0, 2.0 - 3.5, 6.0 - 1.5, 0.0, 0.0, 0.0])
+def test_leave_one_out_compares_within_a_group_and_a_position_only():
+    returns = torch.tensor([[1.0, 2.0, 6.0, 100.0, 100.0, 100.0], [0.0, 3.0, 0.0, 5.0, 5.0, 8.0]]).T
+    expected = torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5, 0, 0, 0], [-1.5, 3, -1.5, -1.5, -1.5, 3]]).T
     assert torch.allclose(leave_one_out_advantages(returns, 3), expected)
     # The closed form with the group's mean, n / (n - 1) times the centred return.
-    groups = returns.view(-1, 3)
+    groups = returns.reshape(-1, 3, 2)
     centred = groups - groups.mean(1, keepdim=True)
-    assert torch.allclose(leave_one_out_advantages(returns, 3).view(-1, 3), 1.5 * centred)
+    assert torch.allclose(leave_one_out_advantages(returns, 3).view(-1, 3, 2), 1.5 * centred)
 
 
 def test_rows_without_a_return_are_out_of_baselines_and_gradients():
-    got = leave_one_out_advantages(torch.tensor([1.0, NAN, 3.0, NAN, 5.0, NAN]), 3)
-    assert torch.equal(got, torch.tensor([-2.0, 0.0, 2.0, 0.0, 0.0, 0.0]))
+    got = leave_one_out_advantages(torch.tensor([[1.0], [NAN], [3.0], [NAN], [5.0], [NAN]]), 3)
+    assert torch.equal(got.flatten(), torch.tensor([-2.0, 0.0, 2.0, 0.0, 0.0, 0.0]))
     with pytest.raises(ValueError, match=r"5 returns .* num_generations 3"):
-        leave_one_out_advantages(torch.zeros(5), 3)
+        leave_one_out_advantages(torch.zeros(5, 2), 3)
 
 
-def test_reinforce_gradient_is_the_objectives_gradient():
-    """On a bandit of three answers the estimator's expectation is the exact gradient of E[R] - alpha KL."""
-    alpha, rewards = 0.3, torch.tensor([1.0, -0.5, 2.0])
-    logits = torch.tensor([0.2, -0.3, 0.1], requires_grad=True)
-    reference = torch.tensor([0.5, 0.3, 0.2]).log()
+class TwoTokenPolicy:
+    """Answers of two tokens out of three, the second depending on the first, with rewards and a reference."""
 
-    def returns(logp):
-        return regularised_return(rewards, (logp - reference).detach(), alpha)
+    alpha = 0.3
 
-    logp = logits.log_softmax(0)
-    exact = (logp.exp() * ((1 - alpha) * rewards - alpha * (logp - reference))).sum()
-    (expected,) = torch.autograd.grad(exact, logits)
-    total = torch.zeros(3)
-    for i in range(3):  # every pair of samples, with its probability
-        for j in range(3):
-            logp = logits.log_softmax(0)
-            pair = torch.tensor([i, j])
-            advantages = leave_one_out_advantages(returns(logp)[pair], 2)
-            (gradient,) = torch.autograd.grad(reinforce_loss(logp[pair].unsqueeze(1), advantages), logits)
-            total -= (logp[i] + logp[j]).exp().item() * gradient
-    assert torch.allclose(total, expected, atol=1e-6)
+    def __init__(self):
+        torch.manual_seed(0)
+        self.parameters = torch.randn(4, 3, requires_grad=True)  # of the first token, and of the second after each
+        self.reference = torch.randn(4, 3).log_softmax(-1)
+        self.rewards = torch.randn(9)
+        self.answers = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+
+    def logprobs(self, table):
+        first, second = self.answers.T
+        return torch.stack([table[0, first], table[1 + first, second]], dim=1)  # [9 answers, 2 tokens]
+
+    def exact_gradient(self):
+        logp = self.logprobs(self.parameters.log_softmax(-1))
+        kl = (logp - self.logprobs(self.reference)).sum(1)
+        value = (logp.sum(1).exp() * ((1 - self.alpha) * self.rewards - self.alpha * kl)).sum()
+        return torch.autograd.grad(value, self.parameters)[0]
+
+    def moments(self, to_go):
+        """Mean and total variance of the gradient of pairs of answers, over every pair with its probability."""
+        mean, square = torch.zeros(4, 3), torch.zeros(())
+        for pair in torch.cartesian_prod(torch.arange(9), torch.arange(9)):
+            logp = self.logprobs(self.parameters.log_softmax(-1))[pair]
+            kl = (logp - self.logprobs(self.reference)[pair]).detach()
+            returns = regularised_returns(self.rewards[pair], kl, self.alpha)
+            returns = returns if to_go else returns[:, :1].expand(-1, 2)
+            loss = reinforce_loss(logp, leave_one_out_advantages(returns.contiguous(), 2))
+            gradient = -torch.autograd.grad(loss, self.parameters)[0]
+            mean += logp.detach().sum().exp() * gradient
+            square += logp.detach().sum().exp() * gradient.square().sum()
+        return mean, square - mean.square().sum()
+
+
+def test_reinforce_gradient_is_the_objectives_gradient_and_less_noisy_than_with_the_whole_kl():
+    policy = TwoTokenPolicy()
+    expected = policy.exact_gradient()
+    mean, variance = policy.moments(to_go=True)
+    assert torch.allclose(mean, expected, atol=1e-6)
+    mean_of_whole, variance_of_whole = policy.moments(to_go=False)
+    assert torch.allclose(mean_of_whole, expected, atol=1e-6)
+    assert variance < variance_of_whole
 
 
 def test_statistics_standardise_and_refuse_what_has_none():
