@@ -96,7 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> mixed_embedding_cpu_backward(const Tensor& dy
                                                                 const Tensor& deltas, const Tensor& c,
                                                                 const Tensor& row_map, int64_t padding_idx,
                                                                 bool needs_base, bool needs_deltas,
-                                                                bool needs_coefficients) {
+                                                                bool needs_coefficients,
+                                                                const std::optional<Tensor>& main_grad) {
   const Tensor copies = as_contiguous(deltas);
   const EmbeddingTables tables = tables_of(copies, dtype_of(dy, "dy"));
   const int64_t V = tables.V, K = tables.K, D = tables.D;
@@ -104,7 +105,9 @@ std::tuple<Tensor, Tensor, Tensor> mixed_embedding_cpu_backward(const Tensor& dy
   const int64_t M = positions.size(0);
   const Tensor dy_rows = contiguous_rows(dy, "dy", M, D);
   const RowCoefficients rows(c, row_map, M, K);
-  Tensor d_base = zeros_where(needs_base, dy_rows, {V, D}), d_deltas = zeros_where(needs_deltas, copies, {V, K, D});
+  const bool adds_deltas = needs_deltas && main_grad;
+  Tensor d_base = zeros_where(needs_base, dy_rows, {V, D});
+  Tensor d_deltas = zeros_where(needs_deltas && !adds_deltas, copies, {V, K, D});
   std::vector<double> terms(needs_coefficients ? M * K : 0);
   std::vector<int64_t> order;
   const std::vector<IdGroup> groups =
@@ -117,7 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> mixed_embedding_cpu_backward(const Tensor& dy
                              groups.data(),
                              padding_idx,
                              needs_base ? d_base.mutable_data_ptr() : nullptr,
-                             needs_deltas ? d_deltas.mutable_data_ptr() : nullptr,
+                             adds_deltas    ? main_grad_floats(*main_grad, V, K, D)
+                             : needs_deltas ? d_deltas.mutable_data_ptr()
+                                            : nullptr,
+                             adds_deltas,
                              needs_coefficients ? terms.data() : nullptr};
   const EmbeddingKernels& kernels = embedding_kernels_in_use();
   parallel_rows(static_cast<int64_t>(groups.size()), (K + 1) * D, [&](int64_t begin, int64_t end) {

@@ -42,6 +42,7 @@ struct EmbeddingGradJob {
   int64_t padding_idx;     // -1: none
   void* d_base;            // [V, D] or null
   void* d_deltas;          // [V, K, D] or null
+  bool adds_deltas;        // d_deltas is float32 and added to; else it has the deltas' dtype and is written
   double* terms;           // [M, K] or null
 };
 

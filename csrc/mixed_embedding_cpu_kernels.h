@@ -71,7 +71,12 @@ static void embed_grad_typed(const EmbeddingGradJob& job, const Base*, const Del
     if (first >= last || group.id == job.padding_idx) continue;
     sum_group<Base>(job, group, first, last, scratch, scratch + (K + 1) * D);
     if (job.d_base) write_row(scratch, D, (Base*)job.d_base + group.id * D);
-    if (job.d_deltas) write_row(scratch + D, K * D, (Delta*)job.d_deltas + group.id * K * D);
+    const int64_t at = group.id * K * D;
+    if (job.d_deltas && job.adds_deltas) {
+      add_scaled(1.0f, scratch + D, K * D, (float*)job.d_deltas + at);
+    } else if (job.d_deltas) {
+      write_row(scratch + D, K * D, (Delta*)job.d_deltas + at);
+    }
   }
 }
 

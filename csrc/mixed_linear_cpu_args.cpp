@@ -52,6 +52,15 @@ std::vector<float> to_floats(const std::optional<Tensor>& tensor, const char* na
   return floats;
 }
 
+float* main_grad_floats(const Tensor& main_grad, int64_t N, int64_t K, int64_t D) {
+  const bool has_sizes =
+      main_grad.dim() == 3 && main_grad.size(0) == N && main_grad.size(1) == K && main_grad.size(2) == D;
+  STD_TORCH_CHECK(has_sizes && main_grad.scalar_type() == ScalarType::Float && main_grad.is_contiguous() &&
+                      main_grad.is_cpu(),
+                  "main_grad must be float32 [", N, ", ", K, ", ", D, "], contiguous, on the CPU");
+  return static_cast<float*>(main_grad.mutable_data_ptr());
+}
+
 MixedLinearArgs::MixedLinearArgs(const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
                                  const Tensor& row_map)
     : deltas_(checked(deltas, "deltas")), c_(checked(c, "coefficients")), row_map_(checked(row_map, "row_map")) {

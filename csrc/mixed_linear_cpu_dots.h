@@ -52,11 +52,22 @@ CLP_INLINE void dot_block(const DotRows<Weight>& rows, const float* x, int64_t x
       }
     }
   }
+  float totals[J * R + kWidth];
+#pragma GCC unroll 8
+  for (int first = 0; first < J * R; first += kWidth) {
+    Vec vectors[kWidth];
+#pragma GCC unroll 16
+    for (int at = 0; at < kWidth; at++) {
+      const int j = (first + at) / R, i = (first + at) % R;
+      vectors[at] = first + at >= J * R ? splat(0.0f) : U == 2 ? sum[0][j][i] + sum[U - 1][j][i] : sum[0][j][i];
+    }
+    store(totals + first, sum_lanes_of_all(vectors));
+  }
 #pragma GCC unroll 8
   for (int j = 0; j < J; j++) {
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
-      float total = sum_lanes(U == 2 ? sum[0][j][i] + sum[U - 1][j][i] : sum[0][j][i]);
+      float total = totals[j * R + i];
       for (int64_t t = d; t < length; t++) total += load_one(rows.w[j] + t) * x[i * x_step + t];
       out[j * step + i] = add ? out[j * step + i] + total : total;
     }

@@ -250,16 +250,6 @@ void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Arr
   }
 }
 
-void check_main_grad(const std::optional<Tensor>& main_grad, const Weights& w) {
-  if (!main_grad) return;
-  const bool has_sizes = main_grad->dim() == 3 && main_grad->size(0) == w.N && main_grad->size(1) == w.K &&
-                         main_grad->size(2) == w.D;
-  STD_TORCH_CHECK(has_sizes && main_grad->scalar_type() == torch::headeronly::ScalarType::Float &&
-                      main_grad->is_contiguous() && main_grad->is_cpu(),
-                  "mixed_linear (cpp): main_grad must be float32 [", w.N, ", ", w.K, ", ", w.D,
-                  "], contiguous, on the CPU");
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor> mixed_linear_cpu_backward_deltas(const Tensor& dy, const Tensor& x, const Tensor& deltas,
@@ -271,7 +261,7 @@ std::tuple<Tensor, Tensor> mixed_linear_cpu_backward_deltas(const Tensor& dy, co
   const Weights& w = args.weights;
   const int64_t M = args.M, S = args.S;
   const Tensor dy_rows = contiguous_rows(dy, "dy", M, w.N), x_rows = contiguous_rows(x, "x", M, w.D);
-  check_main_grad(main_grad, w);
+  float* const added_to = main_grad ? main_grad_floats(*main_grad, w.N, w.K, w.D) : nullptr;
   const bool returns_deltas = needs_deltas && !main_grad;
   Tensor d_deltas = returns_deltas ? torch::stable::new_empty(deltas, {w.N, w.K, w.D})
                                    : torch::stable::new_empty(deltas, {0});
@@ -281,7 +271,7 @@ std::tuple<Tensor, Tensor> mixed_linear_cpu_backward_deltas(const Tensor& dy, co
     return {d_deltas, d_c};
   }
   Target target;
-  if (needs_deltas && main_grad) target = {static_cast<float*>(main_grad->mutable_data_ptr()), true, nullptr};
+  if (needs_deltas && main_grad) target = {added_to, true, nullptr};
   if (returns_deltas && w.deltas_dtype == Dtype::f32) target.floats = static_cast<float*>(d_deltas.mutable_data_ptr());
   if (returns_deltas && w.deltas_dtype != Dtype::f32) target.rounded = d_deltas.mutable_data_ptr();
   Plan plan = plan_rows(args.row_map, M, S);

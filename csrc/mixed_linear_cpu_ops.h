@@ -90,6 +90,9 @@ inline Array array_of(const Tensor& tensor, const char* name) {
 // A small tensor of `size` elements as floats; empty for none.
 std::vector<float> to_floats(const std::optional<Tensor>& tensor, const char* name, int64_t size);
 
+// The floats of a buffer that the gradient of deltas [N, K, D] is added to, checked to be one.
+float* main_grad_floats(const Tensor& main_grad, int64_t N, int64_t K, int64_t D);
+
 const Kernels& kernels_in_use();
 
 // The checked weights, coefficients and row map of a call; keeps contiguous copies alive where they were needed.

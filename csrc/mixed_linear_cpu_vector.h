@@ -154,6 +154,44 @@ CLP_INLINE float sum_lanes(Vec v) {
   return lane[0];
 }
 
+// Adds lanes l and l + half of each vector in groups of 2 * half lanes: of the first vector into the lower half of each
+// group, of the second into the upper one.
+template <int half>
+CLP_INLINE Vec add_halves(Vec a, Vec b) {
+  Vec low, high;
+#if defined(__clang__)
+  for (int i = 0; i < kWidth; i++) {
+    low[i] = (i & half) ? b[i - half] : a[i];
+    high[i] = (i & half) ? b[i] : a[i + half];
+  }
+#else
+  VecInt of_low, of_high;
+  for (int i = 0; i < kWidth; i++) {
+    of_low[i] = (i & half) ? kWidth + i - half : i;
+    of_high[i] = (i & half) ? kWidth + i : i + half;
+  }
+  low = __builtin_shuffle(a, b, of_low);
+  high = __builtin_shuffle(a, b, of_high);
+#endif
+  return low + high;
+}
+
+template <int half>
+CLP_INLINE void sum_lanes_step(Vec (&vectors)[kWidth]) {
+  if constexpr (half > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < half; i++) vectors[i] = add_halves<half>(vectors[i], vectors[i + half]);
+    sum_lanes_step<half / 2>(vectors);
+  }
+}
+
+// Lane i: the sum of vector i's lanes, the bits of sum_lanes. One addition and two shuffles for two vectors in each
+// step, where sum_lanes goes through memory for each vector.
+CLP_INLINE Vec sum_lanes_of_all(Vec (&vectors)[kWidth]) {
+  sum_lanes_step<kWidth / 2>(vectors);
+  return vectors[0];
+}
+
 // One step of a transposition: lanes with bit `step` set change places between the two vectors.
 template <int step>
 CLP_INLINE void exchange(Vec& a, Vec& b) {

@@ -73,6 +73,7 @@ struct SpreadJob {
   MixJob weights;            // of the chunk; its c is [S, K]
   void* d_base;              // of the chunk, or null
   void* d_deltas;            // of the chunk, or null
+  bool adds_deltas;          // d_deltas is float32 and added to; else it has the deltas' dtype and is written
   double* d_c;               // [tokens, num_segments, K] or null
 };
 

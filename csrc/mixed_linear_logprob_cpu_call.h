@@ -92,7 +92,7 @@ void mixed_linear_logprob_cpu_backward(
     const Tensor& normalizer, const std::optional<Tensor>& entropy, const Tensor& d_logprob,
     const std::optional<Tensor>& d_entropy, const std::optional<Tensor>& d_hidden, const std::optional<Tensor>& d_base,
     const std::optional<Tensor>& d_deltas, const std::optional<Tensor>& d_c, const std::optional<Tensor>& d_bias,
-    const std::optional<Tensor>& d_bias_deltas);
+    const std::optional<Tensor>& d_bias_deltas, bool adds_deltas);
 
 Tensor logprob_cpu_function(const Tensor& x, bool is_tanh);
 

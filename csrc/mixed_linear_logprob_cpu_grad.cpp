@@ -14,8 +14,9 @@ class Gradients {
  public:
   Gradients(LogprobCall& call, const std::optional<Tensor>& d_base, const std::optional<Tensor>& d_deltas,
             const std::optional<Tensor>& d_c, const std::optional<Tensor>& d_bias,
-            const std::optional<Tensor>& d_bias_deltas)
-      : call_(call), d_base_(d_base), d_deltas_(d_deltas), d_c_(d_c), d_bias_(d_bias), d_bias_deltas_(d_bias_deltas) {
+            const std::optional<Tensor>& d_bias_deltas, bool adds_deltas)
+      : call_(call), d_base_(d_base), d_deltas_(d_deltas), d_c_(d_c), d_bias_(d_bias), d_bias_deltas_(d_bias_deltas),
+        adds_deltas_(adds_deltas) {
     const RowsJob& job = call.job;
     sums_.rows = &job;
     if (d_c) d_c_rows_.assign(job.M * job.K, 0.0);
@@ -93,7 +94,8 @@ class Gradients {
       MixJob weights = call_.chunk_weights();
       weights.c = job.c;
       run_spread({products, call_.segments.data(), num_segments, job.tokens, width, d0, weights,
-                  chunk_of(d_base_, job.D, 0), chunk_of(d_deltas_, job.K * job.D, 0), d_c_ ? d_c.data() : nullptr});
+                  chunk_of(d_base_, job.D, 0), chunk_of(d_deltas_, job.K * job.D, 0), adds_deltas_,
+                  d_c_ ? d_c.data() : nullptr});
     }
     for (int64_t i = 0; i < static_cast<int64_t>(d_c.size()); i++) {
       const int64_t segment = i / job.K % num_segments;
@@ -106,22 +108,23 @@ class Gradients {
     const RowsJob& job = call_.job;
     const Matrix dy = k < 0 ? call_.logits() : call_.copy(k);
     void* out = k < 0 ? chunk_of(d_base_, job.D, 0) : chunk_of(d_deltas_, job.K * job.D, k * job.D);
-    MixJob weights = call_.chunk_weights();
-    if ((k < 0 ? weights.base_dtype : weights.deltas_dtype) == Dtype::f32) {
+    if (dtype_of(k < 0 ? *d_base_ : *d_deltas_, "a gradient") == Dtype::f32) {
       const Matrix direct{static_cast<float*>(out), job.tokens, job.D, k < 0 ? job.D : job.K * job.D, 1};
-      gemm(direct, dy.transposed(), call_.rows_of_hidden(), false);
+      gemm(direct, dy.transposed(), call_.rows_of_hidden(), k >= 0 && adds_deltas_);
       return;
     }
+    MixJob weights = call_.chunk_weights();
     const Matrix product = call_.panel(job.D);
     gemm(product, dy.transposed(), call_.rows_of_hidden(), false);
     const Segment all{0, job.M, 0};
     weights.copies = k < 0 ? 0 : 1;
     void *d_base = k < 0 ? out : nullptr, *d_deltas = k < 0 ? nullptr : out;
-    run_spread({product.data, &all, 1, job.tokens, job.D, 0, weights, d_base, d_deltas, nullptr});
+    run_spread({product.data, &all, 1, job.tokens, job.D, 0, weights, d_base, d_deltas, false, nullptr});
   }
 
   LogprobCall& call_;
   const std::optional<Tensor>&d_base_, &d_deltas_, &d_c_, &d_bias_, &d_bias_deltas_;
+  const bool adds_deltas_;
   std::vector<double> d_c_rows_, d_c_SK_;
   std::vector<float> bias_, bias_deltas_;
   SumsJob sums_{};
@@ -129,7 +132,7 @@ class Gradients {
 
 }  // namespace
 
-// d_hidden holds zeros; every other gradient is written whole.
+// d_hidden holds zeros; d_deltas is float32 and added to where `adds_deltas`; every other gradient is written whole.
 void mixed_linear_logprob_cpu_backward(
     const Tensor& hidden, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
     const Tensor& row_map, const std::optional<Tensor>& bias, const std::optional<Tensor>& bias_deltas,
@@ -137,12 +140,13 @@ void mixed_linear_logprob_cpu_backward(
     const Tensor& normalizer, const std::optional<Tensor>& entropy, const Tensor& d_logprob,
     const std::optional<Tensor>& d_entropy, const std::optional<Tensor>& d_hidden, const std::optional<Tensor>& d_base,
     const std::optional<Tensor>& d_deltas, const std::optional<Tensor>& d_c, const std::optional<Tensor>& d_bias,
-    const std::optional<Tensor>& d_bias_deltas) {
+    const std::optional<Tensor>& d_bias_deltas, bool adds_deltas) {
   LogprobCall call({hidden, base, deltas, c, row_map, bias, bias_deltas, targets, ignore_index, temperature,
                     logit_scale, softcap});
   RowsJob& job = call.job;
+  if (adds_deltas) main_grad_floats(*d_deltas, call.args.weights.N, job.K, job.D);
   for (const std::optional<Tensor>* gradient : {&d_base, &d_deltas, &d_c, &d_bias, &d_bias_deltas}) {
-    if (job.M > 0 || !*gradient) continue;
+    if (job.M > 0 || !*gradient || (gradient == &d_deltas && adds_deltas)) continue;
     std::memset((*gradient)->mutable_data_ptr(), 0, (*gradient)->numel() * (*gradient)->element_size());
   }
   if (job.M == 0) return;
@@ -157,7 +161,7 @@ void mixed_linear_logprob_cpu_backward(
   const Scratch sorted = d_hidden && !in_place ? Scratch(job.M * job.D) : Scratch();
   if (sorted.get()) std::fill_n(sorted.get(), job.M * job.D, 0.0f);
   float* gradient = in_place ? static_cast<float*>(d_hidden->mutable_data_ptr()) : sorted.get();
-  Gradients gradients(call, d_base, d_deltas, d_c, d_bias, d_bias_deltas);
+  Gradients gradients(call, d_base, d_deltas, d_c, d_bias, d_bias_deltas, adds_deltas);
   const bool trains_head = d_base || d_deltas || d_c || d_bias || d_bias_deltas;
   for (int64_t first = 0; first < call.args.weights.N; first += call.chunk) {
     call.begin_chunk(first, std::min(call.chunk, call.args.weights.N - first));

@@ -50,13 +50,13 @@ static void finish(const FinishJob& job, int64_t row_begin, int64_t row_end) {
   }
 }
 
-// out[i] = sum_s c[s] product_s[i], c null: all one
+// out[i] = sum_s c[s] product_s[i], c null: all one; where `adds`, that is added to out
 template <typename Out>
-static void weigh_segments(const SpreadJob& job, const float* product, const float* c, Out* out) {
+static void weigh_segments(const SpreadJob& job, const float* product, const float* c, Out* out, bool adds) {
   const int64_t step = job.tokens * job.columns;
   int64_t i = 0;
   for (; i + kWidth <= job.columns; i += kWidth) {
-    Vec sum = splat(0.0f);
+    Vec sum = adds ? load(out + i) : splat(0.0f);
     for (int64_t g = 0; g < job.num_segments; g++) {
       const Vec value = load(product + g * step + i);
       sum += c ? c[job.segments[g].weighting * job.weights.K] * value : value;
@@ -64,7 +64,7 @@ static void weigh_segments(const SpreadJob& job, const float* product, const flo
     store(out + i, sum);
   }
   for (; i < job.columns; i++) {
-    float sum = 0.0f;
+    float sum = adds ? load_one(out + i) : 0.0f;
     for (int64_t g = 0; g < job.num_segments; g++) {
       const float value = product[g * step + i];
       sum += c ? c[job.segments[g].weighting * job.weights.K] * value : value;
@@ -87,10 +87,15 @@ template <typename Base, typename Delta>
 static void spread_token(const SpreadJob& job, const Base*, const Delta*, int64_t v) {
   const MixJob& w = job.weights;
   const float* product = job.products + v * job.columns;
-  if (job.d_base) weigh_segments<Base>(job, product, nullptr, (Base*)job.d_base + v * w.D + job.d0);
+  if (job.d_base) weigh_segments(job, product, nullptr, (Base*)job.d_base + v * w.D + job.d0, false);
   for (int64_t k = 0; k < w.copies; k++) {
     const int64_t at = (v * w.K + k) * w.D + job.d0;
-    if (job.d_deltas) weigh_segments<Delta>(job, product, w.c ? w.c + k : nullptr, (Delta*)job.d_deltas + at);
+    const float* c = w.c ? w.c + k : nullptr;
+    if (job.d_deltas && job.adds_deltas) {
+      weigh_segments(job, product, c, (float*)job.d_deltas + at, true);
+    } else if (job.d_deltas) {
+      weigh_segments(job, product, c, (Delta*)job.d_deltas + at, false);
+    }
     for (int64_t g = 0; job.d_c && g < job.num_segments; g++) {
       job.d_c[(v * job.num_segments + g) * w.K + k] += inner_product<Delta>(
           (const Delta*)w.deltas + at, product + g * job.tokens * job.columns, job.columns);

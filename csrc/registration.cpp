@@ -41,7 +41,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clp, m) {
       "mixed_embedding_cpu_fwd(Tensor ids, Tensor? base, Tensor deltas, Tensor c, Tensor row_map) -> Tensor");
   m.def(
       "mixed_embedding_cpu_backward(Tensor dy, Tensor ids, Tensor deltas, Tensor c, Tensor row_map, int padding_idx, "
-      "bool needs_base, bool needs_deltas, bool needs_coefficients) -> (Tensor, Tensor, Tensor)");
+      "bool needs_base, bool needs_deltas, bool needs_coefficients, Tensor(a!)? main_grad=None) -> "
+      "(Tensor, Tensor, Tensor)");
   m.def(
       "mixed_norm_cpu_fwd(Tensor x, Tensor? weight, Tensor weight_deltas, Tensor c, Tensor row_map, Tensor? bias, "
       "Tensor? bias_deltas, float eps, bool is_centered, float offset, bool cast_before_scale) -> Tensor");
@@ -66,7 +67,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clp, m) {
       "Tensor? bias, Tensor? bias_deltas, Tensor targets, int ignore_index, float temperature, float logit_scale, "
       "float? softcap, Tensor normalizer, Tensor? entropy, Tensor d_logprob, Tensor? d_entropy, Tensor(a!)? d_hidden, "
       "Tensor(b!)? d_base, Tensor(c!)? d_deltas, Tensor(d!)? d_c, Tensor(e!)? d_bias, "
-      "Tensor(f!)? d_bias_deltas) -> ()");
+      "Tensor(f!)? d_bias_deltas, bool adds_deltas) -> ()");
   m.def("logprob_cpu_function(Tensor x, bool is_tanh) -> Tensor");
   m.def("cpu_isa() -> str");
   m.def("cpu_best_isa() -> str");

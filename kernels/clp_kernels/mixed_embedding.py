@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from clp_kernels.arguments import check_main_grad
 from clp_kernels.mixed_embedding_arguments import flatten_positions
 from clp_kernels.mixed_embedding_ops import mixed_embedding_fwd_op, mixed_embedding_op
 from clp_kernels.select import OperatorCall, resolve
@@ -34,7 +35,8 @@ def mixed_embedding(
         base: [V, D], or None for an embedding that is the mix of its copies alone. float32, bfloat16 or float16.
             Autocast casts nothing here. float64 (every argument then) runs on the reference back-end.
         deltas: [V, K, D], the base's dtype, or float32 over a 16-bit base. Contiguous, as the base: another layout is
-            copied in every call.
+            copied in every call. With a `main_grad`, to which the backward adds their gradient, as in `mixed_linear`:
+            it then touches the rows of the ids that occur alone.
         coefficients: float32. [K], or one row per leading index of ids: [B, K], [B, T, K]; their leading sizes are a
             prefix of ids.shape. With `row_map`: [S, K]. The C++ back-end does not read a copy whose coefficient is 0.
         row_map: int32 of ids' shape, row of `coefficients` for each position; an expanded view will do.
@@ -61,7 +63,7 @@ def mixed_embedding(
     arguments = (p.ids_M, base, deltas, p.c_SK, p.row_map_M)
     # An op with an autograd key, or with a Python kernel, costs more a call than the compiled one; see mixed_linear.
     if needs_grad:
-        y_MD = mixed_embedding_op(*arguments, p.padding_idx, name)
+        y_MD = mixed_embedding_op(*arguments, p.padding_idx, name, check_main_grad(deltas))
     elif name == "cpp":
         y_MD = torch.ops.clp.mixed_embedding_cpu_fwd.default(*arguments)
     else:

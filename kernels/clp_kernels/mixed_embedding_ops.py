@@ -16,9 +16,10 @@ from torch import Tensor
 from clp_kernels import extension
 
 _library = torch.library.Library("clp", "FRAGMENT")
+# `main_grad` is the buffer that backward adds the gradient of the deltas to; the forward neither reads nor writes it.
 _library.define(
-    "mixed_embedding(Tensor ids, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, int padding_idx, str backend) "
-    "-> Tensor"
+    "mixed_embedding(Tensor ids, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, int padding_idx, str backend, "
+    "Tensor? main_grad=None) -> Tensor"
 )
 _library.define(
     "mixed_embedding_fwd(Tensor ids, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, str backend) -> Tensor"
@@ -26,6 +27,10 @@ _library.define(
 _library.define(
     "mixed_embedding_backward(Tensor dy, Tensor ids, Tensor deltas, Tensor c, Tensor row_map, int padding_idx, "
     "bool needs_base, bool needs_deltas, bool needs_coefficients, str backend) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "mixed_embedding_backward_(Tensor dy, Tensor ids, Tensor deltas, Tensor c, Tensor row_map, int padding_idx, "
+    "bool needs_base, Tensor(a!) main_grad, bool needs_coefficients, str backend) -> (Tensor, Tensor)"
 )
 
 mixed_embedding_op = torch.ops.clp.mixed_embedding.default  # with autograd
@@ -45,7 +50,14 @@ def _forward(ids: Tensor, base: Tensor | None, deltas: Tensor, c: Tensor, row_ma
 
 @torch.library.impl(_library, "mixed_embedding", "CompositeExplicitAutograd")
 def _forward_for_backward(
-    ids: Tensor, base: Tensor | None, deltas: Tensor, c: Tensor, row_map: Tensor, padding_idx: int, backend: str
+    ids: Tensor,
+    base: Tensor | None,
+    deltas: Tensor,
+    c: Tensor,
+    row_map: Tensor,
+    padding_idx: int,
+    backend: str,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     return _forward(ids, base, deltas, c, row_map, backend)
 
@@ -55,6 +67,26 @@ def _backward_gradients(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *others, backend = arguments
     # A schema cannot return Tensor?: an empty tensor stands for "not asked for".
     return tuple(dy.new_empty(0) if g is None else g for g in _launcher(backend).backward(dy, *others))
+
+
+@torch.library.impl(_library, "mixed_embedding_backward_", "CompositeExplicitAutograd")
+def _accumulate_gradients(
+    dy: Tensor,
+    ids: Tensor,
+    deltas: Tensor,
+    c: Tensor,
+    row_map: Tensor,
+    padding_idx: int,
+    needs_base: bool,
+    main_grad: Tensor,
+    needs_coefficients: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of the deltas to `main_grad`; return those of base and coefficients."""
+    d_base, _, d_c = _launcher(backend).backward(
+        dy, ids, deltas, c, row_map, padding_idx, needs_base, True, needs_coefficients, main_grad
+    )
+    return dy.new_empty(0) if d_base is None else d_base, c.new_empty(0) if d_c is None else d_c
 
 
 def _forward_fake(ids: Tensor, base: Tensor | None, deltas: Tensor, *arguments: Any) -> Tensor:
@@ -88,18 +120,39 @@ def _backward_fake(
     )
 
 
+@torch.library.register_fake("clp::mixed_embedding_backward_", lib=_library)
+def _accumulate_fake(
+    dy: Tensor,
+    ids: Tensor,
+    deltas: Tensor,
+    c: Tensor,
+    row_map: Tensor,
+    padding_idx: int,
+    needs_base: bool,
+    main_grad: Tensor,
+    needs_coefficients: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    d_base = dy.new_empty((deltas.shape[0], deltas.shape[2]) if needs_base else (0,))
+    return d_base, c.new_empty(c.shape if needs_coefficients else (0,))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ids, _, deltas, c, row_map, ctx.padding_idx, ctx.backend = inputs
-    ctx.save_for_backward(ids, deltas, c, row_map)  # references; never a row that was looked up
+    ids, _, deltas, c, row_map, ctx.padding_idx, ctx.backend, ctx.main_grad = inputs
+    # References; never a row that was looked up. main_grad is not among them: others add to it before this call's
+    # backward, which is no error.
+    ctx.save_for_backward(ids, deltas, c, row_map)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _, needs_base, needs_deltas, needs_c, *_ = ctx.needs_input_grad
-    d_base, d_deltas, d_c = torch.ops.clp.mixed_embedding_backward(
-        dy.contiguous(), *ctx.saved_tensors, ctx.padding_idx, needs_base, needs_deltas, needs_c, ctx.backend
-    )
-    gradients = (d_base if needs_base else None, d_deltas if needs_deltas else None, d_c if needs_c else None)
-    return (None, *gradients, None, None, None)
+    arguments, d_deltas = (dy.contiguous(), *ctx.saved_tensors, ctx.padding_idx, needs_base), None
+    if needs_deltas and ctx.main_grad is not None:
+        d_base, d_c = torch.ops.clp.mixed_embedding_backward_(*arguments, ctx.main_grad, needs_c, ctx.backend)
+    else:
+        d_base, d_deltas, d_c = torch.ops.clp.mixed_embedding_backward(*arguments, needs_deltas, needs_c, ctx.backend)
+        d_deltas = d_deltas if needs_deltas else None
+    return (None, d_base if needs_base else None, d_deltas, d_c if needs_c else None, None, None, None, None)
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> NoReturn:

@@ -51,11 +51,14 @@ def backward(
     needs_base: bool,
     needs_deltas: bool,
     needs_coefficients: bool,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of base [V, D] (dy's dtype), deltas [V, K, D] (theirs) and coefficients; None if not needed.
 
     d_base = zeros.index_add(0, ids, dy); d_deltas = zeros.index_add(0, ids, c (x) dy)
     d_c[s, k] = sum of <dy_m, deltas[ids_m, k]> over the positions m of weighting s
+
+    d_deltas is added to `main_grad` [V, K, D] where that is given, and not returned.
     """
     V, K, D = deltas_VKD.shape
     accumulator = torch.promote_types(dy_MD.dtype, torch.float32)
@@ -66,8 +69,12 @@ def backward(
     if needs_deltas:
         c_MK = c_SK.to(accumulator).index_select(0, row_map_M)
         c_dy = (c_MK[:, :, None] * wide_dy_MD[:, None, :]).flatten(1)
-        d_deltas = torch.ops.aten.embedding_dense_backward(c_dy, ids_M, V, padding_idx, False)
-        d_deltas = d_deltas.view(V, K, D).to(deltas_VKD.dtype)
+        if main_grad is None:
+            d_deltas = torch.ops.aten.embedding_dense_backward(c_dy, ids_M, V, padding_idx, False)
+            d_deltas = d_deltas.view(V, K, D).to(deltas_VKD.dtype)
+        else:
+            kept = ids_M != padding_idx
+            main_grad.flatten(1).index_put_((ids_M[kept],), c_dy[kept], accumulate=True)
     if needs_coefficients:
         with torch.autocast(dy_MD.device.type, enabled=False):
             copies_MKD = F.embedding(ids_M, deltas_VKD.flatten(1)).view(-1, K, D).to(accumulator)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels.arguments import autocast, flatten_rows
+from clp_kernels.arguments import autocast, check_main_grad, flatten_rows
 from clp_kernels.mixed_linear_logprob_arguments import Logits, check_logits, check_targets
 from clp_kernels.mixed_linear_logprob_ops import mixed_linear_logprob_fwd_op, mixed_linear_logprob_op
 from clp_kernels.mixed_linear_logprob_reference import one_copy_where_plain
@@ -50,7 +50,8 @@ def mixed_linear_logprob(
             (every argument then) runs on the reference back-end.
         base: [V, D], or None for a head that is the mix of its copies alone.
         deltas: [V, K, D], the base's dtype, or float32 over a 16-bit base. None for a head without copies, whose
-            coefficients are None too: the reference policy where the head alone is conditioned.
+            coefficients are None too: the reference policy where the head alone is conditioned. With a `main_grad`, to
+            which the backward adds their gradient, as in `mixed_linear`.
         coefficients: float32 [K], one row per leading index of hidden, or [S, K] with `row_map`: as in `mixed_linear`.
         targets: int64 or int32, hidden.shape[:-1]: in [0, V), or `ignore_index`.
         bias: [V] or None.
@@ -91,9 +92,12 @@ def mixed_linear_logprob(
     needs_grad = torch.is_grad_enabled() and (trains_head or hidden.requires_grad)
     has_entropy_grad = return_entropy and differentiate_entropy
     forms_gradient = name == "cpp" and needs_grad and not trains_head and not has_entropy_grad
-    run = mixed_linear_logprob_op if needs_grad else mixed_linear_logprob_fwd_op
-    logprob_M, entropy_M, _, _ = run(
+    arguments = (
         rows.x_MD, base, deltas, rows.c_SK, rows.row_map_M, bias, bias_deltas, targets.reshape(-1).long(), ignore_index,
         *logits, return_entropy, has_entropy_grad, forms_gradient, name,
     )  # fmt: skip
+    if needs_grad:
+        logprob_M, entropy_M, _, _ = mixed_linear_logprob_op(*arguments, check_main_grad(deltas))
+    else:
+        logprob_M, entropy_M, _, _ = mixed_linear_logprob_fwd_op(*arguments)
     return logprob_M.view(targets.shape), entropy_M.view(targets.shape) if return_entropy else None

@@ -38,10 +38,12 @@ def backward(
     d_logprob_M: Tensor,
     d_entropy_M: Tensor | None,
     needs: Needs,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, base, deltas, c, bias and bias_deltas, None where not needed.
 
     d_logits = d_logprob (onehot - p) - d_entropy p (log p + entropy); the rest are those of mixed_linear, by chunks.
+    The gradient of the deltas is added to `main_grad` [V, K, D] float32 where that is given, and not returned.
     """
     inputs = (hidden_MD, head.base, head.deltas, head.c, head.bias, head.bias_deltas)
     gradients = [
@@ -50,7 +52,9 @@ def backward(
     ]
     if gradients[0] is not None:  # rows without a target are left alone; all else is written whole
         gradients[0].zero_()
+    d_hidden, d_base, d_deltas, *others = gradients
     torch.ops.clp.mixed_linear_logprob_cpu_backward(
-        hidden_MD, *head, *targets, *by, normalizer_M2, entropy_M, d_logprob_M, d_entropy_M, *gradients
-    )
+        hidden_MD, *head, *targets, *by, normalizer_M2, entropy_M, d_logprob_M, d_entropy_M, d_hidden, d_base,
+        d_deltas if main_grad is None else main_grad, *others, main_grad is not None,
+    )  # fmt: skip
     return tuple(gradients)

@@ -175,10 +175,12 @@ def backward(
     d_logprob_M: Tensor,
     d_entropy_M: Tensor | None,
     needs: Needs,
+    main_grad: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, base, deltas, c, bias and bias_deltas, None where not needed.
 
     d_logits = d_logprob (onehot - p) - d_entropy p (log p + entropy); the rest are those of mixed_linear, by chunks.
+    The gradient of the deltas is added to `main_grad` [V, K, D] where that is given, and not returned.
     """
     is_kept_M, rows_MD = _kept_rows(hidden_MD, targets)
     d_logprob_M = torch.where(is_kept_M, d_logprob_M, 0.0)
@@ -203,8 +205,10 @@ def backward(
         if d_bias is not None:
             d_bias[at] = dy_MC.sum(0)
         gradients = mixed_linear_reference.backward_deltas
-        if needs.deltas or needs.c:
-            d_part, d_c_part = gradients(dy_MC, rows_MD, part.deltas, *products, needs.deltas, needs.c)
+        if needs.deltas or needs.c or main_grad is not None:
+            adds_to = None if main_grad is None else main_grad[at]
+            wanted = (needs.deltas or main_grad is not None, needs.c)
+            d_part, d_c_part = gradients(dy_MC, rows_MD, part.deltas, *products, *wanted, main_grad=adds_to)
             _store(d_deltas, at, d_part)
             _add(d_c_SK, d_c_part)
         if part.bias_deltas is not None and (needs.bias_deltas or needs.c):
