@@ -99,16 +99,24 @@ def _repeat(inputs: dict[str, Any], times: int) -> dict[str, Any]:
     }
 
 
-def _saves(model: Any) -> bool:
-    """Whether the model's cache can select rows and no row depends on its batch's longest, as under rotations whose
-    frequencies do; and whether the number of forwards is its process's own affair: where parameters are gathered from
-    other processes in each, all must run as many, which generate sees to.
+def may_vary_forwards(model: Any) -> bool:
+    """Whether the number of forwards is this process's own affair: where a forward gathers parameters from other
+    processes or sends them buffers, all must run as many.
     """
-    from transformers import DynamicCache
     from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.integrations.fsdp import is_fsdp_managed_module
 
-    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+    is_gathered = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return isinstance(model, CLPModel) and not is_gathered
+
+
+def _saves(model: Any) -> bool:
+    """Whether the model may run forwards as it likes (generate sees to those of several processes), its cache can
+    select rows, and no row depends on its batch's longest, as under rotations whose frequencies do.
+    """
+    from transformers import DynamicCache
+
+    if not may_vary_forwards(model):
         return False
     return rows_can_be_selected(DynamicCache(config=model.config)) and not _rope_types(model) & {"dynamic", "longrope"}
 

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from clp_engine.decoding import attention_window, position_ids
+from clp_engine.decoding import attention_window, may_vary_forwards, position_ids
 from clp_engine.model import CLPModel
 from clp_engine.rollout import Rollout
+
+# Of a packed row's width. Groups of unlike sizes (a short answer's weighting beside a long one's) run in forwards of
+# their own rather than padded to the longest.
+MOST_PADDING = 1 / 8
 
 
 def token_logprobs(
@@ -34,8 +38,8 @@ def token_logprobs(
             `CLPModel.coefficients`; zeros give the reference policy.
         temperature: of the policy, as the rollout was drawn with.
         share_prompts: run each group's prompt once, its completions one after the other in its row under a block
-            mask: at most G * (P + n * (L - 1)) instead of G * n * (P + L - 1) positions. For models that
-            `shares_prompts_exactly` accepts; prompts and completions longer than a model's attention window take
+            mask, equal ones once: at most G * (P + n * (L - 1)) instead of G * n * (P + L - 1) positions. For models
+            that `shares_prompts_exactly` accepts; prompts and completions longer than a model's attention window take
             padded rows all the same, because the block mask replaces the window's.
 
     Returns:
@@ -67,11 +71,54 @@ def _shared_prompt_logprobs(
     model: Any, rollout: Rollout, coefficients_GK: torch.Tensor, temperature: float
 ) -> torch.Tensor:
     n, num_tokens = rollout.num_generations, rollout.completion_ids_BL.shape[1]
-    prompt_ids_GP, prompt_mask_GP = rollout.prompt_ids_BP[::n], rollout.prompt_mask_BP[::n]
-    groups = len(prompt_ids_GP)
-    targets_GnL = rollout.completion_ids_BL.view(groups, n, num_tokens)
+    targets_GnL = rollout.completion_ids_BL.view(-1, n, num_tokens)
+    mask_GnL = rollout.completion_mask_BL.view(-1, n, num_tokens).bool()
+    first_Gn = _first_equal(targets_GnL, mask_GnL)
+    is_first_Gn1 = (first_Gn == torch.arange(n, device=first_Gn.device)).unsqueeze(-1)
     # A completion's last token predicts nothing, and what follows its end is left out of the row.
-    used_GnL = rollout.completion_mask_BL.view(groups, n, num_tokens)[:, :, 1:].bool()
+    used_GnL = mask_GnL[:, :, 1:] & is_first_Gn1
+    prompt_ids_GP, prompt_mask_GP = rollout.prompt_ids_BP[::n], rollout.prompt_mask_BP[::n]
+    runs = [torch.arange(len(targets_GnL))]
+    if may_vary_forwards(model):
+        runs = _similar((prompt_mask_GP.sum(dim=1) + used_GnL.sum(dim=(1, 2))).cpu())
+    parts = []
+    for groups in runs:
+        at = groups.to(targets_GnL.device)
+        width = int(prompt_mask_GP[at].sum(dim=1).max())
+        prompts = prompt_ids_GP[at, -width:], prompt_mask_GP[at, -width:]
+        parts.append(_packed_logprobs(model, prompts, targets_GnL[at], used_GnL[at], coefficients_GK[at], temperature))
+    logprobs_GnL = torch.cat(parts)[torch.cat(runs).argsort().to(targets_GnL.device)]
+    return logprobs_GnL.gather(1, first_Gn.unsqueeze(-1).expand_as(logprobs_GnL)).flatten(0, 1)
+
+
+def _first_equal(ids_GnL: torch.Tensor, mask_GnL: torch.Tensor) -> torch.Tensor:
+    """For each completion the first of its group with the same tokens, [G, n]."""
+    tokens_GnL = ids_GnL.masked_fill(~mask_GnL, -1)
+    equal_Gnn = (tokens_GnL[:, :, None] == tokens_GnL[:, None, :]).all(dim=-1)
+    return equal_Gnn.int().argmax(dim=-1)
+
+
+def _similar(sizes_G: torch.Tensor) -> list[torch.Tensor]:
+    """Cut the groups, by size, into forwards in which no row is padded by more than an eighth of its width."""
+    runs: list[list[int]] = []
+    for group in sizes_G.argsort(descending=True, stable=True).tolist():
+        if runs and sizes_G[group] >= (1 - MOST_PADDING) * sizes_G[runs[-1][0]]:
+            runs[-1].append(group)
+        else:
+            runs.append([group])
+    return [torch.tensor(run) for run in runs]
+
+
+def _packed_logprobs(
+    model: Any,
+    prompts: tuple[torch.Tensor, torch.Tensor],
+    targets_GnL: torch.Tensor,
+    used_GnL: torch.Tensor,
+    coefficients_GK: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """Log-probs [G, n, L] of one forward: prompts (ids and mask [G, P]), the used inputs of completions behind them."""
+    prompt_ids_GP, prompt_mask_GP = prompts
     packed = _Packed(used_GnL)
     inputs_GC = packed.gather(targets_GnL[:, :, :-1])
     positions_GC = prompt_mask_GP.sum(dim=1, keepdim=True) + packed.gather(packed.token_GnL)
@@ -87,7 +134,7 @@ def _shared_prompt_logprobs(
     first_G1V = (logits_GCV[:, :1].float() / temperature).log_softmax(dim=-1)
     first_Gn1 = first_G1V.squeeze(1).gather(1, targets_GnL[:, :, 0]).unsqueeze(-1)
     rest_GC = _target_logprobs(logits_GCV[:, 1:], packed.gather(targets_GnL[:, :, 1:]), temperature)
-    return torch.cat([first_Gn1, packed.scatter(rest_GC)], dim=-1).view(groups * n, num_tokens)
+    return torch.cat([first_Gn1, packed.scatter(rest_GC)], dim=-1)
 
 
 class _Packed:
