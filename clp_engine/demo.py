@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 import clp_engine as clp
 from clp_engine.data.docstrings import load_docstring_pairs
 from clp_engine.data.smollm2 import ensure_smollm2
@@ -52,7 +54,7 @@ class DemoSettings:
         sweep_batch_size: completions of a sweep's batch.
     """
 
-    max_steps: int = 10
+    max_steps: int = 12
     prompts_per_step: int = 4
     num_generations: int = 10
     max_completion_length: int = 24
@@ -116,7 +118,8 @@ def main(
     for method, sampler in SAMPLERS.items():
         trainer = _trainer(base, folder / method, sampler, settings, seed, train_rows, reward_funcs, statistics)
         if statistics is None:
-            with clock.stage("reference statistics"):
+            with clock.stage("reference statistics"), torch.random.fork_rng():
+                torch.manual_seed(0)  # of the reference policy alone: seeds must not differ by the rewards' scales
                 statistics = trainer.reward_statistics = trainer.measure_reference()
         with clock.stage(f"train {method}"):
             trainer.train()
@@ -235,7 +238,6 @@ def _write_report(
 
 
 def _environment() -> dict[str, Any]:
-    import torch
     import transformers
 
     cpuinfo = Path("/proc/cpuinfo")

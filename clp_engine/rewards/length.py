@@ -12,10 +12,11 @@ class Brevity:
     """A short plain sentence on the subject: `tent(words) * fluency * on_subject`, in [0, 1], 0 when empty.
 
     `tent` is `max(0, 1 - |log(words / target)| / width)`: it falls with the logarithm of the length on both sides at
-    one slope, so each step shorter pays as much as the one before, from `target * e**width` words (23) to the target.
+    one slope, so each step shorter pays as much as the one before, from `target * e**width` words (22) to the target.
     Words are counted with camelCase and snake_case cut, so gluing them gains nothing; what does not read as an English
-    sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is the share of the content words that the source
-    has too, without which one stock phrase would answer everything.
+    sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is 0.5 + 0.5 * the share of the content words that
+    the source has too, without which one stock phrase would answer everything. (With 0.2 + 0.8 * share a copy of the
+    source would gain as much by its words as an answer of half its length by being short.)
 
     Args:
         target_words: where it peaks.
@@ -26,7 +27,7 @@ class Brevity:
         ValueError: a parameter is not positive.
     """
 
-    def __init__(self, target_words: float = 7.0, width: float = 1.2, source_column: str | None = "source") -> None:
+    def __init__(self, target_words: float = 8.0, width: float = 1.0, source_column: str | None = "source") -> None:
         if not target_words > 0 or not width > 0:
             raise ValueError(f"target_words and width must be positive, got {target_words} and {width}")
         self.__name__ = "brevity"
@@ -48,5 +49,5 @@ class Brevity:
         if count == 0:
             return 0.0
         tent = max(0.0, 1.0 - abs(math.log(count / self.target_words)) / self.width)
-        on_subject = 1.0 if source is None else 0.2 + 0.8 * shared_words(text, source)
+        on_subject = 1.0 if source is None else 0.5 + 0.5 * shared_words(text, source)
         return tent * fluency(text) * on_subject
