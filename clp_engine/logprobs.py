@@ -80,13 +80,14 @@ def _shared_prompt_logprobs(
     prompt_ids_GP, prompt_mask_GP = rollout.prompt_ids_BP[::n], rollout.prompt_mask_BP[::n]
     runs = [torch.arange(len(targets_GnL))]
     if may_vary_forwards(model):
-        runs = _similar((prompt_mask_GP.sum(dim=1) + used_GnL.sum(dim=(1, 2))).cpu())
+        runs = _similar(prompt_mask_GP.sum(dim=1).tolist(), used_GnL.sum(dim=(1, 2)).tolist())
     parts = []
     for groups in runs:
         at = groups.to(targets_GnL.device)
         width = int(prompt_mask_GP[at].sum(dim=1).max())
         prompts = prompt_ids_GP[at, -width:], prompt_mask_GP[at, -width:]
-        parts.append(_packed_logprobs(model, prompts, targets_GnL[at], used_GnL[at], coefficients_GK[at], temperature))
+        c_GK = coefficients_GK[groups.to(coefficients_GK.device)]
+        parts.append(_packed_logprobs(model, prompts, targets_GnL[at], used_GnL[at], c_GK, temperature))
     logprobs_GnL = torch.cat(parts)[torch.cat(runs).argsort().to(targets_GnL.device)]
     return logprobs_GnL.gather(1, first_Gn.unsqueeze(-1).expand_as(logprobs_GnL)).flatten(0, 1)
 
@@ -98,11 +99,17 @@ def _first_equal(ids_GnL: torch.Tensor, mask_GnL: torch.Tensor) -> torch.Tensor:
     return equal_Gnn.int().argmax(dim=-1)
 
 
-def _similar(sizes_G: torch.Tensor) -> list[torch.Tensor]:
-    """Cut the groups, by size, into forwards in which no row is padded by more than an eighth of its width."""
+def _similar(prompt_sizes: list[int], completion_sizes: list[int]) -> list[torch.Tensor]:
+    """Cut the groups, by size, into forwards in which no row is padded by more than MOST_PADDING of its width.
+
+    Prompts are padded on the left and completions on the right, each to its own longest.
+    """
+    sizes = [sum(pair) for pair in zip(prompt_sizes, completion_sizes, strict=True)]
     runs: list[list[int]] = []
-    for group in sizes_G.argsort(descending=True, stable=True).tolist():
-        if runs and sizes_G[group] >= (1 - MOST_PADDING) * sizes_G[runs[-1][0]]:
+    for group in sorted(range(len(sizes)), key=lambda group: -sizes[group]):
+        longer = [*runs[-1], group] if runs else [group]
+        width = max(prompt_sizes[i] for i in longer) + max(completion_sizes[i] for i in longer)
+        if runs and sizes[group] >= (1 - MOST_PADDING) * width:  # the run's smallest
             runs[-1].append(group)
         else:
             runs.append([group])
@@ -119,12 +126,13 @@ def _packed_logprobs(
 ) -> torch.Tensor:
     """Log-probs [G, n, L] of one forward: prompts (ids and mask [G, P]), the used inputs of completions behind them."""
     prompt_ids_GP, prompt_mask_GP = prompts
+    dtype = getattr(model, "module", model).dtype  # DistributedDataParallel has none of its own
     packed = _Packed(used_GnL)
     inputs_GC = packed.gather(targets_GnL[:, :, :-1])
     positions_GC = prompt_mask_GP.sum(dim=1, keepdim=True) + packed.gather(packed.token_GnL)
     logits_GCV = model(
         input_ids=torch.cat([prompt_ids_GP, inputs_GC], dim=1),
-        attention_mask=_group_mask(prompt_mask_GP, packed.gather(packed.block_GnL), model.dtype),
+        attention_mask=_group_mask(prompt_mask_GP, packed.gather(packed.block_GnL), dtype),
         position_ids=torch.cat([position_ids(prompt_mask_GP), positions_GC], dim=1),
         coefficients=coefficients_GK,
         logits_to_keep=inputs_GC.shape[1] + 1,
@@ -200,7 +208,7 @@ def shares_prompts_exactly(model: Any, tolerance: float = 1e-3) -> bool:
         return torch.randint(vocabulary, shape, generator=generator).to(model.device)
 
     prompt_mask = torch.ones(4, 5, dtype=torch.long, device=model.device)
-    prompt_mask[2:, :2] = 0
+    prompt_mask[2:, :1] = 0  # by so little that both groups go into one forward
     ones = torch.ones(4, 4, dtype=torch.long, device=model.device)
     probe = Rollout(
         draw(2, 5).repeat_interleave(2, dim=0), prompt_mask, draw(4, 4), ones, ones[:, 0].bool(), [""] * 4, 2

@@ -148,6 +148,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _, needs_base, needs_deltas, needs_c, *_ = ctx.needs_input_grad
     arguments, d_deltas = (dy.contiguous(), *ctx.saved_tensors, ctx.padding_idx, needs_base), None
     if needs_deltas and ctx.main_grad is not None:
+        if torch.is_grad_enabled():  # the operator below writes to its argument and can have no autograd of its own
+            _double_backward(ctx)
         d_base, d_c = torch.ops.clp.mixed_embedding_backward_(*arguments, ctx.main_grad, needs_c, ctx.backend)
     else:
         d_base, d_deltas, d_c = torch.ops.clp.mixed_embedding_backward(*arguments, needs_deltas, needs_c, ctx.backend)

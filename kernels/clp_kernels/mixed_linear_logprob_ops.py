@@ -152,6 +152,8 @@ def _backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *_: 
     d_entropy = None if d_entropy is None else d_entropy.contiguous()
     arguments = (*inputs, *ctx.numbers, normalizer, None if d_entropy is None else entropy, d_logprob, d_entropy)
     if needs[_DELTAS] and ctx.main_grad is not None:
+        if torch.is_grad_enabled():  # the operator below writes to its argument and can have no autograd of its own
+            _double_backward(ctx)
         needs[_DELTAS] = False
         gradients = torch.ops.clp.mixed_linear_logprob_backward_(*arguments, needs, ctx.backend, ctx.main_grad)
     else:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clp_engine.layers import conditioned_layers
-from clp_engine.logprobs import token_logprobs
+from clp_engine.logprobs import shares_prompts_exactly, token_logprobs
 from clp_engine.rollout import Rollout
 
 P, L, N = 4, 8, 3
@@ -53,35 +53,60 @@ def test_values_and_gradients_are_the_padded_rows(conditioned, case):
         torch.testing.assert_close(shared, padded, atol=1e-4, rtol=1e-4)
 
 
-def positions_of(model, out, monkeypatch):
-    """The shapes of the inputs that token_logprobs forwards."""
-    shapes, real = [], model.model.forward
+@pytest.fixture
+def shapes(conditioned, monkeypatch):
+    """The shapes of the inputs of `conditioned`'s forwards so far."""
+    seen, real = [], conditioned.model.forward
 
     def watched(*args, **kwargs):
-        shapes.append(tuple(kwargs["input_ids"].shape))
+        seen.append(tuple(kwargs["input_ids"].shape))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(model.model, "forward", watched)
+    monkeypatch.setattr(conditioned.model, "forward", watched)
+    return seen
+
+
+def run(model, coefficients_of, out):
     w = torch.full((len(out.texts) // N, 2), 0.5)
-    token_logprobs(model, out, model.coefficients(len(w), w), share_prompts=True)
-    return shapes
+    return token_logprobs(model, out, coefficients_of.coefficients(len(w), w), share_prompts=True)
 
 
-def test_groups_of_unlike_sizes_are_not_padded_to_the_longest(conditioned, monkeypatch):
+def test_groups_of_unlike_sizes_are_not_padded_to_the_longest(conditioned, shapes):
     # Inputs of a group: its prompt and, of each completion, all tokens but the last.
-    shapes = positions_of(conditioned, completions(*CASES["unlike"]), monkeypatch)
+    run(conditioned, conditioned, completions(*CASES["unlike"]))
     assert shapes == [(2, 4 + 20), (1, 2 + 2)]
 
 
-def test_equal_completions_run_once(conditioned, monkeypatch):
-    shapes = positions_of(conditioned, completions(*CASES["equal"]), monkeypatch)
+def test_equal_completions_run_once(conditioned, shapes):
+    run(conditioned, conditioned, completions(*CASES["equal"]))
     assert shapes == [(1, 4 + 7 + 2), (1, 4 + 5)]
 
 
-def test_wrapped_models_take_one_forward(conditioned, monkeypatch):
-    """A wrapper's forward may talk to other processes, whose groups are cut otherwise."""
-    import clp_engine.logprobs as logprobs
+def test_no_row_is_padded_by_more_than_an_eighth(conditioned, shapes):
+    """Prompts are padded on the left, completions on the right: equal sums are not yet equal rows."""
+    run(conditioned, conditioned, completions([[1, 1, 4], [1, 1, 1]], [1, 4]))
+    assert shapes == [(1, 1 + 3), (1, 4)]
 
-    monkeypatch.setattr(logprobs, "may_vary_forwards", lambda model: False)
-    shapes = positions_of(conditioned, completions(*CASES["unlike"]), monkeypatch)
+
+class Wrapper(torch.nn.Module):
+    """What DistributedDataParallel is to its module: no attribute of it, and a forward that may talk to others."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_wrapped_models_take_one_forward(conditioned, shapes):
+    """Other processes' groups are cut otherwise."""
+    out = completions(*CASES["unlike"])
+    wrapped = run(Wrapper(conditioned), conditioned, out)
     assert shapes == [(3, 4 + 20)]
+    torch.testing.assert_close(wrapped, run(conditioned, conditioned, out), atol=2e-5, rtol=1e-5)
+
+
+def test_the_probe_of_shared_prompts_pads_a_row(conditioned, shapes):
+    assert shares_prompts_exactly(conditioned)
+    assert shapes[0] == (2, 5 + 6)  # both groups in one forward, the second behind a padded prompt

@@ -135,6 +135,14 @@ def test_compiled_graphs_add_to_it(operator, backend):
     assert a["deltas"].grad is None
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_second_derivatives_raise(operator):
+    a = arguments(operator, 30, F32)
+    a["deltas"].main_grad = torch.zeros(30, K, D)
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        torch.autograd.grad(call(operator, a, "auto"), a["coefficients"], create_graph=True)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
     a = {name: t.detach() for name, t in arguments("embedding", 30, F32).items()}
