@@ -1,6 +1,6 @@
 """The main job on embedded defaults: one steerable model and Rewarded Soups beside it, swept and compared.
 
-SmolLM2-135M-Instruct summarises docstrings of the Python installation in one sentence, under two rewards in conflict:
+SmolLM2-135M-Instruct says docstrings of the Python installation in fewer words, under two rewards in conflict:
 `closeness` (keep the meaning of the text, in other words) and `brevity` (say it in few words).
 """
 
@@ -45,7 +45,9 @@ class DemoSettings:
         num_generations: completions per (prompt, weighting): they share the prompt's work, and the others are the
             baseline of each.
         max_completion_length: tokens of a completion at most.
-        learning_rate: of AdamW at the first step; it falls linearly to 0, so that the last steps settle.
+        learning_rate: of AdamW at its highest; it falls linearly to 0, so that the last steps settle.
+        warmup_steps: steps in which it rises from 0. AdamW's first step is as long whatever its gradient's noise; here
+            the first gradients are gathered before anything moves.
         kl_weight: alpha of the objective.
         dirichlet_concentration: of CLP's weightings.
         num_reference_samples: completions of the base policy that standardise the rewards.
@@ -58,9 +60,10 @@ class DemoSettings:
     prompts_per_step: int = 4
     num_generations: int = 10
     max_completion_length: int = 24
-    learning_rate: float = 4e-4
+    learning_rate: float = 5e-4
+    warmup_steps: int = 2
     kl_weight: float = 0.12
-    dirichlet_concentration: float = 0.5
+    dirichlet_concentration: float = 0.3
     num_reference_samples: int = 64
     num_prompts: int = 48
     max_source_words: int = 24
@@ -173,6 +176,7 @@ def _trainer(
         max_completion_length=settings.max_completion_length,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
+        warmup_steps=min(settings.warmup_steps, settings.max_steps - 1),
         kl_weight=settings.kl_weight,
         weighting_sampler=sampler,
         dirichlet_concentration=settings.dirichlet_concentration,
@@ -220,7 +224,7 @@ def _write_report(
     settings: DemoSettings,
     seed: int,
 ) -> dict[str, Any]:
-    plot_fronts(fronts, folder / "front.png", title="SmolLM2-135M-Instruct, docstring summaries")
+    plot_fronts(fronts, folder / "front.png", title="SmolLM2-135M-Instruct, docstrings in fewer words")
     for method, front in fronts.items():
         (folder / f"front_{method}.json").write_text(front.to_json())
     text = f"{table(fronts)}\n\n{side_by_side(fronts['clp'])}\n"

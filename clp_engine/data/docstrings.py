@@ -25,9 +25,10 @@ from typing import Any, Literal
 
 from clp_engine.data.docstring_text import normalised_words, summary_and_body, word_ngrams
 
-SYSTEM_MESSAGE = "Summarize."
-INSTRUCTION = "Summarize in one short sentence:\n{body}"
-SEED = 8
+SYSTEM_MESSAGE = "Be brief."
+# Behind the text, not before it: asked first for a summary, the model copies .62 of the words, so .34.
+INSTRUCTION = "{body}\n\nSay this in fewer words."
+SEED = 9
 MAX_PAIRS = {"train": 3000, "test": 300}
 MAX_FILE_BYTES = 60_000
 PAIRS_PER_FILE = 12
@@ -51,10 +52,10 @@ def load_docstring_pairs(
 ) -> list[dict[str, Any]]:
     """Return the rows of one split: `{"prompt", "source", "summary", "file"}`, in an order fixed by a hash.
 
-    `prompt` is in the conversational format (system and user message) and asks for a one-sentence summary of `source`,
-    the docstring's body; `summary` is its first line; `file` the path below the package root. The split is by file, and
-    near duplicates across files are dropped, so that no test pair is seen in training. `datasets.Dataset.from_list`
-    takes the rows.
+    `prompt` is in the conversational format (system and user message) and asks to say `source`, the docstring's body,
+    in fewer words; `summary` is its first line; `file` the path below the package root. The split is by file, and near
+    duplicates across files are dropped, so that no test pair is seen in training. `datasets.Dataset.from_list` takes
+    the rows.
 
     Args:
         split: "train" (about 9 of 10 files) or "test".
@@ -81,7 +82,7 @@ def load_docstring_pairs(
 
 
 def build_prompt(body: str) -> list[dict[str, str]]:
-    """Return the conversational prompt that asks for a one-sentence summary of `body`.
+    """Return the conversational prompt that asks to say `body` in fewer words.
 
     The system message is two words because SmolLM2's chat template otherwise puts a long one of its own in front.
     """

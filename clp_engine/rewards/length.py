@@ -7,27 +7,29 @@ from typing import Any
 
 from clp_engine.rewards.text import completion_text, fluency, read_column, shared_words, split_words
 
+_SHORTER = 2.0  # how much faster than above the target the reward falls below it
+
 
 class Brevity:
     """A short plain sentence on the subject: `tent(words) * fluency * on_subject`, in [0, 1], 0 when empty.
 
-    `tent` is `max(0, 1 - |log(words / target)| / width)`: it falls with the logarithm of the length on both sides at
-    one slope, so each step shorter pays as much as the one before, from `target * e**width` words (22) to the target.
+    `tent` is `max(0, 1 - log(words / target) / width)` above the target, nothing being left from `target * e**width`
+    words (17) on, so that a source repeated as it is earns little: where whole copies pay, training finds them first
+    and never shortens them. Below the target it falls twice as fast: a word too few costs more than one too many.
     Words are counted with camelCase and snake_case cut, so gluing them gains nothing; what does not read as an English
     sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is 0.5 + 0.5 * the share of the content words that
-    the source has too, without which one stock phrase would answer everything. (With 0.2 + 0.8 * share a copy of the
-    source would gain as much by its words as an answer of half its length by being short.)
+    the source has too, without which one stock phrase would answer everything.
 
     Args:
         target_words: where it peaks.
-        width: log of the factor, longer or shorter than the target, at which nothing is left.
+        width: log of the factor, longer than the target, at which nothing is left.
         source_column: column with the text that the sentence must be about; None asks for no subject.
 
     Raises:
         ValueError: a parameter is not positive.
     """
 
-    def __init__(self, target_words: float = 8.0, width: float = 1.0, source_column: str | None = "source") -> None:
+    def __init__(self, target_words: float = 8.5, width: float = 0.7, source_column: str | None = "source") -> None:
         if not target_words > 0 or not width > 0:
             raise ValueError(f"target_words and width must be positive, got {target_words} and {width}")
         self.__name__ = "brevity"
@@ -48,6 +50,7 @@ class Brevity:
         count = len(split_words(text))
         if count == 0:
             return 0.0
-        tent = max(0.0, 1.0 - abs(math.log(count / self.target_words)) / self.width)
+        longer = math.log(count / self.target_words)
+        tent = max(0.0, 1.0 - max(longer, -_SHORTER * longer) / self.width)
         on_subject = 1.0 if source is None else 0.5 + 0.5 * shared_words(text, source)
         return tent * fluency(text) * on_subject

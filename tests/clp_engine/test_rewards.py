@@ -154,26 +154,33 @@ def test_brevity_peaks_at_its_target_and_falls_on_both_sides():
         "that",
         "river",
     ]
-    reward = Brevity(target_words=5)
+    reward = Brevity(target_words=5, width=4.0)
     values = [reward.score(" ".join(words[:count]) + ".") for count in range(1, len(words) + 1)]
     assert int(np.argmax(values)) + 1 == 5
     assert all(left > right for left, right in itertools.pairwise(values[4:]))
     assert values[0] < values[1] < values[2] < values[3]
 
 
-def test_brevity_falls_with_the_log_of_the_length_at_one_slope():
+def test_brevity_falls_with_the_log_of_the_length_and_twice_as_fast_below_the_target():
     short = "The little birds fly over walls."
     texts = ["The little birds.", short, f"{short[:-1]} and the old man sees them."]
-    three, six, twelve = (Brevity(target_words=6, width=1.0, source_column=None).score(text) for text in texts)
+    three, six, twelve = (Brevity(target_words=6, width=2.0, source_column=None).score(text) for text in texts)
     assert six == pytest.approx(1.0)
-    assert three == pytest.approx(twelve) == pytest.approx(1 - np.log(2))
+    assert three == pytest.approx(1 - np.log(2))
+    assert twelve == pytest.approx(1 - np.log(2) / 2)
+
+
+def test_brevity_gives_a_long_copy_nothing():
+    copy = "The little birds of the north fly over the old walls and down into the gardens every day."
+    assert len(split_words(copy)) == 18
+    assert Brevity().score(copy, source=copy) == 0.0
 
 
 @pytest.mark.parametrize(
     "hack", ["", "hyperbolicFunction()", "Hyperbolic Function", "file.read().decode().key", "....."]
 )
 def test_brevity_gives_hacks_next_to_nothing(hack):
-    assert Brevity().score(hack) < 0.25 < 0.9 < Brevity().score("Returns the one public key of the file.")
+    assert Brevity().score(hack) < 0.25 < 0.9 < Brevity().score("Returns the one public key of the given file.")
 
 
 def test_brevity_asks_for_the_subject_where_there_is_a_source():
