@@ -17,8 +17,8 @@ class Brevity:
     words (17) on, so that a source repeated as it is earns little: where whole copies pay, training finds them first
     and never shortens them. Below the target it falls twice as fast: a word too few costs more than one too many.
     Words are counted with camelCase and snake_case cut, so gluing them gains nothing; what does not read as an English
-    sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is 0.5 + 0.5 * the share of the content words that
-    the source has too, without which one stock phrase would answer everything.
+    sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is 0.25 + 0.75 * the share of the content words
+    that the source has too, without which one stock phrase would answer everything.
 
     Args:
         target_words: where it peaks.
@@ -52,5 +52,5 @@ class Brevity:
             return 0.0
         longer = math.log(count / self.target_words)
         tent = max(0.0, 1.0 - max(longer, -_SHORTER * longer) / self.width)
-        on_subject = 1.0 if source is None else 0.5 + 0.5 * shared_words(text, source)
+        on_subject = 1.0 if source is None else 0.25 + 0.75 * shared_words(text, source)
         return tent * fluency(text) * on_subject
