@@ -26,7 +26,7 @@ from typing import Any, Literal
 from clp_engine.data.docstring_text import normalised_words, summary_and_body, word_ngrams
 
 SYSTEM_MESSAGE = "Be brief."
-# Behind the text, not before it: asked first for a summary, the model copies .62 of the words, so .34.
+# Behind the text, and for fewer words: asked before it for a summary, the small model mostly copies the text.
 INSTRUCTION = "{body}\n\nSay this in fewer words."
 SEED = 9
 MAX_PAIRS = {"train": 3000, "test": 300}
