@@ -4,13 +4,13 @@ The record is found once per model forward, where the weightings enter; no layer
 the record's tensors and back-end to the operator as inputs, so a backward pass needs nothing from here. What runs
 layers again later (gradient checkpointing) binds the record of its own forward, see `ActiveConditioning.bind`.
 
-Legend: B sequences, S distinct weightings, K copies.
+Legend: B sequences, S distinct weightings, K copies, C = K coefficients, or K + 1 with lambda behind them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,37 +27,66 @@ class Conditioning:
         rows_B: int32 [B], the coefficient row of each sequence.
         backend: name handed to the operators.
         is_reference: every coefficient is known on the host to be zero: layers skip their copies.
+        lambda_S1: what drives the parts that all weightings share, None where the model has none.
     """
 
     coefficients_SK: torch.Tensor
     rows_B: torch.Tensor
     backend: str = "auto"
     is_reference: bool = False
-    _row_maps: dict[tuple[torch.Size, torch.device], torch.Tensor] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    lambda_S1: torch.Tensor | None = None
+    _derived: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def from_rows(cls, c_BK: torch.Tensor, backend: str) -> Conditioning:
-        """Build the record of a batch from one coefficient row per sequence, c_BK [B, K] float32.
+    def from_rows(cls, c_BC: torch.Tensor, backend: str, num_copies: int) -> Conditioning:
+        """Build the record of a batch from one coefficient row per sequence, c_BC [B, K] or [B, K + 1] float32.
 
         Equal rows are merged on the host, where the values lie there; on a GPU that would wait for the device.
         """
-        num_rows = c_BK.shape[0]
-        if c_BK.device.type != "cpu" or c_BK.requires_grad or torch.compiler.is_compiling():
-            return cls(c_BK, torch.arange(num_rows, dtype=torch.int32, device=c_BK.device), backend)
+        if c_BC.device.type != "cpu" or c_BC.requires_grad or torch.compiler.is_compiling():
+            rows_B = torch.arange(c_BC.shape[0], dtype=torch.int32, device=c_BC.device)
+            return cls._of(c_BC, rows_B, backend, False, num_copies)
         index: dict[tuple[float, ...], int] = {}
-        rows = [index.setdefault(tuple(row), len(index)) for row in c_BK.tolist()]
+        rows = [index.setdefault(tuple(row), len(index)) for row in c_BC.tolist()]
         is_reference = all(c == 0 for row in index for c in row)
-        distinct = torch.tensor(list(index), dtype=c_BK.dtype).view(-1, c_BK.shape[1])
-        return cls(distinct, torch.tensor(rows, dtype=torch.int32), backend, is_reference)
+        distinct = torch.tensor(list(index), dtype=c_BC.dtype).view(-1, c_BC.shape[1])
+        return cls._of(distinct, torch.tensor(rows, dtype=torch.int32), backend, is_reference, num_copies)
+
+    @classmethod
+    def _of(
+        cls, c_SC: torch.Tensor, rows_B: torch.Tensor, backend: str, is_reference: bool, num_copies: int
+    ) -> Conditioning:
+        lambda_S1 = c_SC[:, num_copies:].contiguous() if c_SC.shape[1] > num_copies else None
+        return cls(c_SC[:, :num_copies].contiguous(), rows_B, backend, is_reference, lambda_S1)
 
     def to(self, device: torch.device) -> Conditioning:
         """The record on `device`; itself where it is there already."""
         if self.coefficients_SK.device == device:
             return self
         moved = self.coefficients_SK.to(device, non_blocking=True), self.rows_B.to(device, non_blocking=True)
-        return Conditioning(*moved, self.backend, self.is_reference)
+        lambda_S1 = None if self.lambda_S1 is None else self.lambda_S1.to(device, non_blocking=True)
+        return Conditioning(*moved, self.backend, self.is_reference, lambda_S1)
+
+    def columns(self, shared: bool) -> torch.Tensor:
+        """Coefficients [S, K] of the copies, or lambda [S, 1] for what all weightings share."""
+        if not shared:
+            return self.coefficients_SK
+        if self.lambda_S1 is None:
+            raise RuntimeError("shared parts need a lambda: give coefficients [B, K + 1], lambda behind the copies'")
+        return self.lambda_S1
+
+    def derived(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """`make()`, computed once for all layers of the forward that ask with the same key."""
+        if torch.compiler.is_compiling():
+            return make()
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    def for_every_sequence(self, ids: torch.Tensor) -> torch.Tensor:
+        """`ids` [1, T] that a model looks up once for the whole batch (positions), repeated for each sequence."""
+        num_rows = self.rows_B.shape[0]
+        return ids.expand(num_rows, *ids.shape[1:]) if ids.shape[0] == 1 and num_rows > 1 else ids
 
     def row_map(self, shape: torch.Size) -> torch.Tensor:
         """The coefficient row of each position of a layer input, int32 in `shape` (its leading dimensions).
@@ -70,12 +99,8 @@ class Conditioning:
                 f"a conditioned layer got an input of leading size {shape[0]} in a forward of {self.rows_B.shape[0]} "
                 "weighted sequences: packed or flattened batches would mix weightings; pad the batch instead"
             )
-        if torch.compiler.is_compiling():
-            return self.rows_B.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-        key = (shape, self.rows_B.device)
-        if key not in self._row_maps:
-            self._row_maps[key] = self.rows_B.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
-        return self._row_maps[key]
+        rows = self.rows_B.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+        return rows if torch.compiler.is_compiling() else self.derived(shape, rows.contiguous)
 
 
 class ActiveConditioning:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clp_engine import weighting
+from clp_engine import collapsing, weighting
 from clp_engine.conditioning import ActiveConditioning, Conditioning
 from clp_engine.config import CLPConfig
-from clp_engine.layers import CLPLinear, conditioned_layers, find_targets
+from clp_engine.layers import conditioned_layers
+from clp_engine.targets import condition_modules
 from clp_engine.weighting import KLWeight, RewardWeights
-from clp_kernels import available_backends, backend_for
+from clp_kernels import available_backends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,8 +45,8 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
 
     Raises:
         TypeError: not a transformers model, or conditioned already.
-        NotImplementedError: an encoder-decoder or quantised model.
-        ValueError: the config matches no linear layer.
+        NotImplementedError: a layer that cannot carry such copies.
+        ValueError: the config matches no layer.
     """
     from transformers import PreTrainedModel
 
@@ -53,16 +54,8 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
         raise TypeError(f"{type(model).__name__} is conditioned already, on {model.clp_config.rewards}")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"get_clp_model needs a transformers PreTrainedModel, got {type(model).__name__}")
-    if model.config.is_encoder_decoder:
-        raise NotImplementedError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models are built")
-    if getattr(model, "is_quantized", False):
-        raise NotImplementedError(f"{type(model).__name__} is quantised: full deltas need floating-point weights")
-    targets = find_targets(model, config)
-    model.requires_grad_(False)
     active = ActiveConditioning()
-    for name in targets:
-        linear = model.get_submodule(name)
-        model.set_submodule(name, CLPLinear.from_linear(linear, config.num_copies, active, name))  # type: ignore[arg-type]
+    condition_modules(model, config, active)
     conditioned: Any = model
     plain_class: Any = type(model)
     conditioned.__class__ = _conditioned_class(plain_class)
@@ -135,7 +128,7 @@ class CLPModel:
         elif reward_weights is not None or kl_weight is not None:
             raise ValueError("coefficients already hold the weighting: give them, or reward_weights and kl_weight")
         accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
-        record = Conditioning.from_rows(coefficients.to(accumulator), self._kernel_backend)
+        record = Conditioning.from_rows(coefficients.to(accumulator), self._kernel_backend, self.clp_config.num_copies)
         with self._active.use(record.to(self.device)):  # type: ignore[attr-defined]
             outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
         tag_cache(getattr(outputs, "past_key_values", None), coefficients)
@@ -169,19 +162,66 @@ class CLPModel:
     ) -> torch.Tensor:
         """Coefficients lambda(alpha) * w of a batch, [B, K] float32, from any accepted form of a weighting.
 
+        Where the config has copies of its own, `lambda(alpha) * (mixing_matrix @ w)`; where something is trained for
+        all weightings (`config.has_shared`), [B, K + 1] with lambda(alpha) behind them.
+
         Raises:
             ValueError: a weighting of a wrong name, length or value.
         """
         config = self.clp_config
+        if config.folded is not None and kl_weight is not None:
+            raise ValueError(
+                f"kl_weight={kl_weight} on a model whose copy {config.folded!r} is folded into its base: the reference "
+                "is not in it, use the model that it was folded from"
+            )
         if reward_weights is None:
-            w_BK = config.default_weights(batch_size)
+            w_BR = config.default_weights(batch_size)
             if kl_weight is None and not self._said_default:
                 self._said_default = True
-                named = dict(zip(config.rewards, w_BK[0].tolist(), strict=True)) if batch_size else {}
+                named = dict(zip(config.rewards, w_BR[0].tolist(), strict=True)) if batch_size else {}
                 logger.warning("no reward_weights given: using the default %s", named)
         else:
-            w_BK = weighting.reward_weights_tensor(reward_weights, config.rewards, batch_size, config.weight_domain)
-        return weighting.coefficients(w_BK, kl_weight, config.min_kl_weight)
+            w_BR = weighting.reward_weights_tensor(reward_weights, config.rewards, batch_size, config.weight_domain)
+        mixing_KR = config.mixing_matrix()
+        c_BK = w_BR if mixing_KR is None else w_BR @ mixing_KR.T.to(w_BR.device)
+        lambdas = weighting.kl_coefficients(kl_weight, batch_size, config.min_kl_weight, config.kl_interpolation)
+        lambda_B1 = lambdas.to(c_BK.device)[:, None]
+        return torch.cat([lambda_B1 * c_BK, lambda_B1], dim=1) if config.has_shared else lambda_B1 * c_BK
+
+    def collapse(self, reward_weights: RewardWeights | None = None, kl_weight: float | None = None) -> Any:
+        """A new, ordinary model that equals this one at one weighting; this one stays as it is.
+
+        Equivalent to `weight + einsum("k,nkd->nd", c, deltas)` for every conditioned parameter, added in float32 and
+        rounded to the parameter's dtype: in 16 bits a copy smaller than the weight's last bit is lost in that sum. It
+        shares no memory with this model. Serving one weighting for many steps, this is the cheaper form.
+
+        Args:
+            reward_weights: a dict or [R]; None for the config's default.
+            kl_weight: alpha; None for the trained policy.
+
+        Raises:
+            ValueError: a weighting of a wrong name, length or value.
+            NotImplementedError: no plain model computes this one (soft tokens, low rank over quantised weights).
+        """
+        return collapsing.collapse(self, self.coefficients(1, reward_weights, kl_weight)[0])
+
+    def fold(self) -> Any:
+        """A new conditioned model with the last copy folded into the base: K - 1 copies to read instead of K.
+
+        On the simplex `W_0 + sum_k w_k Delta_k` is `(W_0 + Delta_K) + sum_{k < K} w_k (Delta_k - Delta_K)`, exactly; a
+        16-bit base rounds W_0 + Delta_K. The reference policy is no longer in it: `kl_weight` is refused, and so is
+        saving. It serves.
+
+        Raises:
+            NotImplementedError: copies other than full deltas, or shared parts beside them.
+            ValueError: weights that need not sum to one.
+        """
+        return collapsing.fold(self)
+
+    @staticmethod
+    def own_attributes() -> tuple[str, ...]:
+        """Names of what conditioning sets on the model object."""
+        return "clp_config", "_active", "_kernel_backend", "_said_default"
 
     def set_kernel_backend(self, name: str) -> None:
         """Choose the operators' back-end for this model: "auto", "reference", "cpp", "triton" or "cuda".
@@ -199,12 +239,10 @@ class CLPModel:
 
     def kernel_backend(self) -> str:
         """The back-end that the first conditioned layer takes now; what "auto" resolves to."""
-        layer = next(iter(conditioned_layers(self).values()))  # type: ignore[arg-type]
         if self._kernel_backend != "auto":
             return self._kernel_backend
-        x_1D = torch.empty(1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device)
-        c_K = torch.zeros(layer.deltas.shape[1], device=layer.weight.device)
-        return backend_for(x_1D, layer.weight, layer.deltas, c_K, layer.bias)
+        layers = conditioned_layers(self).values()  # type: ignore[arg-type]
+        return next(layer.auto_backend() for layer in layers if layer.added)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Counts of trainable parameters and of all parameters."""

@@ -2,7 +2,7 @@
 
     W(c) = W_0 + sum_k c_k Delta_k,    c = lambda(alpha) * w
 
-Legend: B sequences, R rewards, K copies (K = R here), P points of a grid.
+Legend: B sequences, R rewards, P points of a grid.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ RewardWeights: TypeAlias = Mapping[str, float] | Sequence[Mapping[str, float]] |
 KLWeight: TypeAlias = float | Sequence[float] | torch.Tensor
 
 WEIGHT_DOMAINS = ("simplex", "free")
+KL_INTERPOLATIONS = ("dera", "linear")
 SUM_TOLERANCE = 1e-3
 
 
@@ -110,16 +111,17 @@ def check_reward_weights(w_BR: torch.Tensor, rewards: Sequence[str], domain: str
         raise ValueError(f"reward_weights of row {row}, {values} (sum {float(w[row].sum()):.6g}), {reason}{hint}")
 
 
-def kl_coefficient(kl_weight: torch.Tensor | float, min_kl_weight: float) -> torch.Tensor:
-    """Interpolation coefficient of a KL weight alpha: DeRa's exact lambda.
+def kl_coefficient(kl_weight: torch.Tensor | float, min_kl_weight: float, interpolation: str = "dera") -> torch.Tensor:
+    """Interpolation coefficient lambda of a KL weight alpha: 1 at alpha_min, the trained policy, 0 at 1, the reference.
 
-    Equivalent to `min_kl_weight * (1 - kl_weight) / (kl_weight * (1 - min_kl_weight))`: 1 at alpha_min (the trained
-    policy), 0 at alpha = 1 (the reference policy). The logits of the KL-regularised optima satisfy
-    z_alpha = z_ref + lambda(alpha) (z_alpha_min - z_ref) (Liu et al. 2024, arXiv 2402.02992).
+    "dera" is exact for the KL-regularised optima, whose logits satisfy z_alpha = z_ref + lambda (z_alpha_min - z_ref)
+    (Liu et al. 2024, arXiv 2402.02992): `min_kl_weight * (1 - kl_weight) / (kl_weight * (1 - min_kl_weight))`. "linear"
+    is `(1 - kl_weight) / (1 - min_kl_weight)`.
 
     Args:
         kl_weight: alpha, a float or a tensor of any shape, in [min_kl_weight, 1].
         min_kl_weight: alpha_min in (0, 1).
+        interpolation: "dera" or "linear".
 
     Returns:
         lambda, float32, in alpha's shape.
@@ -134,35 +136,34 @@ def kl_coefficient(kl_weight: torch.Tensor | float, min_kl_weight: float) -> tor
         value = float(alpha[outside].flatten()[0]) if alpha.dim() else float(alpha)
         raise ValueError(f"kl_weight is {value:g}, outside [min_kl_weight, 1] = [{min_kl_weight:g}, 1]")
     alpha = alpha.clamp(min_kl_weight, 1.0)
-    return (min_kl_weight * (1 - alpha) / (alpha * (1 - min_kl_weight))).to(torch.float32)
+    linear = (1 - alpha) / (1 - min_kl_weight)
+    return (linear if interpolation == "linear" else min_kl_weight / alpha * linear).to(torch.float32)
 
 
-def coefficients(w_BR: torch.Tensor, kl_weight: KLWeight | None, min_kl_weight: float) -> torch.Tensor:
-    """Coefficients c = lambda(alpha) * w of a batch.
-
-    Equivalent to `kl_coefficient(kl_weight)[:, None] * w_BR`; without a KL weight lambda is 1.
+def kl_coefficients(
+    kl_weight: KLWeight | None, batch_size: int, min_kl_weight: float, interpolation: str = "dera"
+) -> torch.Tensor:
+    """Coefficients lambda(alpha) of a batch, [B] float32; ones without a KL weight, the trained policy.
 
     Args:
-        w_BR: [B, R] float32 reward weights, checked.
-        kl_weight: a float for all rows, or [B]; None for the trained policy itself.
+        kl_weight: a float for all rows, or [B].
+        batch_size: B.
         min_kl_weight: alpha_min.
-
-    Returns:
-        c_BK: [B, K] float32 on w_BR's device.
+        interpolation: as in `kl_coefficient`.
 
     Raises:
         ValueError: a KL weight outside [min_kl_weight, 1], or not one per sequence.
     """
     if kl_weight is None:
-        return w_BR
-    scale = kl_coefficient(torch.as_tensor(kl_weight), min_kl_weight).to(w_BR.device)
-    if scale.dim() == 0:
-        scale = scale.expand(w_BR.shape[0])
-    if scale.shape != (w_BR.shape[0],):
+        return torch.ones(batch_size)
+    lambda_B = kl_coefficient(torch.as_tensor(kl_weight), min_kl_weight, interpolation)
+    if lambda_B.dim() == 0:
+        lambda_B = lambda_B.expand(batch_size)
+    if lambda_B.shape != (batch_size,):
         raise ValueError(
-            f"kl_weight has shape {list(scale.shape)}, expected a float or [{w_BR.shape[0]}], one per sequence"
+            f"kl_weight has shape {list(lambda_B.shape)}, expected a float or [{batch_size}], one per sequence"
         )
-    return w_BR * scale.unsqueeze(1)
+    return lambda_B
 
 
 def simplex_grid(num_rewards: int, points_per_edge: int) -> np.ndarray:

@@ -19,6 +19,8 @@ ORDER = (
     (
         "clp_engine.conditioning",
         "clp_engine.layers",
+        "clp_engine.targets",
+        "clp_engine.collapsing",
         "clp_engine.model",
         "clp_engine.checkpoint",
         "clp_engine.sampling",

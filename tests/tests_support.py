@@ -27,9 +27,11 @@ def tiny_llama(seed: int = 0, **overrides):
 
 
 def randomise_deltas(model, std: float = 0.1, seed: int = 1) -> None:
+    """Give everything that conditioning added values that matter."""
     from clp_engine.layers import conditioned_layers
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in conditioned_layers(model).values():
-            layer.deltas.copy_(torch.randn(layer.deltas.shape, generator=generator) * std)
+            for parameter in layer.added_parameters().values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

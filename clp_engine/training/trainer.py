@@ -194,7 +194,7 @@ class CLPTrainer(Trainer):
     def _reference_logprobs(self, model: Any, completions: Any) -> torch.Tensor:
         """Log-probabilities under the reference: the same model with zero coefficients, in a batch of its own."""
         groups = len(completions.texts) // completions.num_generations
-        zeros_GK = torch.zeros(groups, model.clp_config.num_copies)
+        zeros_GK = torch.zeros(groups, model.clp_config.num_coefficients)
         return self._logprobs(model, completions, zeros_GK)
 
     def _logprobs(self, model: Any, completions: Any, coefficients_GK: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,154 @@
+"""What every conditioned layer has in common: it stays the layer it was, and its class gains the copies.
+
+A layer is conditioned in place: its class becomes a subclass of (the family's layer, its own class), so it keeps its
+parameters, names, hooks and device, and its own forward is one `super()` away.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from clp_engine.conditioning import ActiveConditioning, Conditioning
+from clp_kernels.select import OperatorCall, resolve
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """A conditioned layer's place in its model.
+
+    Attributes:
+        active: the record of the forward that is running, one object for the whole model.
+        path: the layer's module path.
+        copy_names: names of its copies, in the order of their coefficients.
+        shared: whether it is trained once for all weightings: one copy, whose coefficient is lambda.
+    """
+
+    active: ActiveConditioning
+    path: str
+    copy_names: tuple[str, ...]
+    shared: bool = False
+
+
+class CLPLayer(nn.Module):
+    """A layer whose output depends on the weighting of each row; every family is a subclass.
+
+    Attributes:
+        clp: its place in the model.
+        plain_class: the class that it had before.
+        family: the class that it was conditioned with.
+        added: names of the parameters that conditioning may add.
+        operator: the operator that it calls.
+    """
+
+    clp: LayerContext
+    plain_class: ClassVar[type]
+    family: ClassVar[type[CLPLayer]]
+    added: ClassVar[tuple[str, ...]] = ()
+    operator: ClassVar[str]
+
+    @classmethod
+    def bases(cls, plain: type) -> tuple[type, ...]:
+        """Bases of the class of a conditioned `plain` layer: this family's forward first, its own by `super()`."""
+        return cls, plain
+
+    def record(self) -> Conditioning:
+        """The record of the running forward.
+
+        Raises:
+            RuntimeError: called outside the conditioned model's forward, where no weighting is known.
+        """
+        record = self.clp.active.record
+        if record is None:
+            raise RuntimeError(
+                f"{self.clp.path} was called outside the conditioned model's forward, so its weighting is unknown: "
+                "call the model that get_clp_model returned, not one of its parts"
+            )
+        return record
+
+    def added_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that conditioning added, by name."""
+        own = dict(self.named_parameters(recurse=False))
+        return {name: own[name] for name in self.added if name in own}
+
+    def auto_backend(self) -> str:
+        """The operators' back-end that "auto" takes for this layer."""
+        parameters = self.added_parameters()
+        dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+        device = next(iter(parameters.values())).device
+        return resolve("auto", OperatorCall(self.operator, device.type, dtypes))
+
+    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """Views of everything that conditioning added, by their names on disk (`weight.helpful`, `lora_A.short`).
+
+        Args:
+            parameters: tensors to take instead of the layer's own, by parameter name.
+        """
+        raise NotImplementedError
+
+    def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The plain layer's parameters under the coefficients c_K and lambda, in their own dtype, added in float32.
+
+        Raises:
+            NotImplementedError: no plain layer computes what this one does.
+        """
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the two classes, since the class itself is made on the fly."""
+        return _new_layer, (self.plain_class, self.family), self.__dict__
+
+
+def condition(module: nn.Module, family: Any, context: LayerContext) -> CLPLayer:
+    """Turn `module` into a layer of `family` in place; the caller adds the copies."""
+    plain: Any = type(module)
+    layer: Any = module
+    layer.__class__ = conditioned_class(plain, family)
+    layer.clp = context
+    if "_old_forward" in vars(layer):  # accelerate's hooks keep the forward that they wrap
+        layer._old_forward = types.MethodType(type(layer).forward, layer)
+    return layer
+
+
+def release(layer: CLPLayer) -> nn.Module:
+    """Turn a conditioned layer back into the layer it was; its copies are dropped."""
+    for name in (*layer.added_parameters(), "clp"):
+        delattr(layer, name)
+    module: Any = layer
+    module.__class__ = layer.plain_class
+    if "_old_forward" in vars(module):
+        module._old_forward = types.MethodType(type(module).forward, module)
+    return module
+
+
+@functools.cache
+def conditioned_class(plain: Any, family: Any) -> type:
+    """The class of a `plain` layer conditioned as `family`."""
+    namespace = {"plain_class": plain, "family": family, "__module__": __name__}
+    return type(f"CLP{plain.__name__}", family.bases(plain), namespace)
+
+
+def conditioned_layers(model: nn.Module) -> dict[str, CLPLayer]:
+    """The conditioned layers of `model` by module path, in module order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, CLPLayer)}
+
+
+def _new_layer(plain: Any, family: Any) -> Any:
+    return object.__new__(conditioned_class(plain, family))
+
+
+def zero_copies(shape: tuple[int, ...], beside: torch.Tensor) -> nn.Parameter:
+    """New copies of a parameter: zeros where it lies, float32, or float64 beside float64."""
+    dtype = torch.promote_types(beside.dtype, torch.float32)
+    return nn.Parameter(torch.zeros(shape, dtype=dtype, device=beside.device))
+
+
+def added_up(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """`base + delta` in delta's dtype, rounded to base's."""
+    return (base.to(delta.dtype) + delta).to(base.dtype)

@@ -1,0 +1,112 @@
+"""Embeddings with K differences beside their frozen table.
+
+Legend: B sequences, T positions, V vocabulary, D width, K copies, Q query and J key positions, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, zero_copies
+from clp_kernels import mixed_embedding
+
+
+class _Embedding(CLPLayer, nn.Embedding):
+    """A table and its copies, `deltas` [V, K, D] float32, zero at first."""
+
+    deltas: nn.Parameter
+    added = ("deltas",)
+    operator = "mixed_embedding"
+
+    @classmethod
+    def bases(cls, plain: type) -> tuple[type, ...]:
+        """A subclass's own forward (scaling, an offset of positions) stays in front: its lookup is this one."""
+        return (cls,) if plain is nn.Embedding else (plain, cls)
+
+    @classmethod
+    def adopt(cls, embedding: nn.Embedding, context: LayerContext, deltas: nn.Parameter | None = None) -> _Embedding:
+        """Condition `embedding` in place, with the given copies of a tied weight or new ones.
+
+        Raises:
+            NotImplementedError: it renormalises what it looks up (max_norm).
+        """
+        if embedding.max_norm is not None:
+            raise NotImplementedError(f"{context.path} has max_norm={embedding.max_norm}: it changes its own table")
+        layer: _Embedding = condition(embedding, cls, context)  # type: ignore[assignment]
+        rows, width = embedding.weight.shape
+        shape = (rows, len(context.copy_names), width)
+        layer.deltas = zero_copies(shape, embedding.weight) if deltas is None else deltas
+        return layer
+
+    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """`weight.<copy>` [V, D]."""
+        deltas_VKD = self.deltas if parameters is None else parameters["deltas"]
+        return {f"weight.{name}": deltas_VKD[:, k] for k, name in enumerate(self.clp.copy_names)}
+
+    def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`weight + einsum("k,vkd->vd", c, deltas)`."""
+        delta_VD = torch.einsum("k,vkd->vd", c_K.to(self.deltas), self.deltas)
+        return {"weight": added_up(self.weight, delta_VD)}
+
+
+class DeltaEmbedding(_Embedding):
+    """An embedding of tokens or positions under each sequence's own average of the copies.
+
+    Equivalent to `F.embedding(ids, weight + einsum("k,vkd->vd", c, deltas))`. One row of ids for the whole batch
+    (positions) gives one row of embeddings for each sequence.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Look up ids [B, T] or [1, T]."""
+        record = self.record()
+        if record.is_reference:
+            return super().forward(input)
+        ids = record.for_every_sequence(input)
+        return mixed_embedding(
+            ids,
+            self.weight,
+            self.deltas,
+            record.columns(self.clp.shared),
+            row_map=record.row_map(ids.shape),
+            padding_idx=self.padding_idx,
+            backend=record.backend,
+        )
+
+
+class RelativeBiasEmbedding(_Embedding):
+    """T5's table of relative position biases: looked up once for all sequences, so every sequence's own is made here.
+
+    Its attention permutes what it returns to [1, H, Q, J]; `PerSequenceBias` then splits the sequences from the heads.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Look up buckets [Q, J]; [Q, J, B * H] with sequences outermost, [Q, J, H] where all are the reference."""
+        record = self.record()
+        base_QJH = super().forward(input)
+        if record.is_reference:
+            return base_QJH
+        copies_QJKH = F.embedding(input, self.deltas.flatten(1)).unflatten(-1, self.deltas.shape[1:])
+        c_BK = record.columns(self.clp.shared)[record.rows_B.long()]
+        mixed_QJBH = base_QJH.unsqueeze(2) + torch.einsum("bk,qjkh->qjbh", c_BK, copies_QJKH)
+        return mixed_QJBH.to(base_QJH.dtype).flatten(2)
+
+
+class PerSequenceBias(CLPLayer):
+    """The attention that owns a `RelativeBiasEmbedding`: its bias gets a row for each sequence."""
+
+    def compute_bias(self, *args: object, **kwargs: object) -> torch.Tensor:
+        """The plain bias [1, H, Q, J], or one for each sequence, [B, H, Q, J]."""
+        bias = super().compute_bias(*args, **kwargs)  # type: ignore[misc]
+        return bias.view(-1, self.n_heads, *bias.shape[2:])
+
+    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """None of its own."""
+        return {}
+
+    def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Nothing of its own."""
+        return {}

@@ -1,0 +1,128 @@
+"""Norms with K differences beside their frozen scale and bias.
+
+Legend: D width, K copies.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, zero_copies
+from clp_kernels import mixed_norm
+
+_EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_epsilon")
+_AGREEMENT = 1e-4  # of normalised values of order one, in float32
+
+
+@dataclass(frozen=True)
+class NormArithmetic:
+    """What a norm does before it scales: kind "rms" or "layer", and the eps in its square root."""
+
+    kind: str
+    eps: float
+
+
+class DeltaNorm(CLPLayer):
+    """A norm under each sequence's own average of its copies.
+
+    Every norm is linear in its scale and bias, so `y = norm(x) + normalised(x) * (deltas @ c) + bias_deltas @ c`: the
+    module's own arithmetic, where it casts and whether it adds one to its scale, gives the base term untouched.
+    `deltas` [D, K] and `bias_deltas` [D, K], float32, start at zero.
+    """
+
+    deltas: nn.Parameter
+    bias_deltas: nn.Parameter | None
+    arithmetic: NormArithmetic
+    added = ("deltas", "bias_deltas")
+    operator = "mixed_norm"
+
+    @classmethod
+    def adopt(cls, norm: nn.Module, context: LayerContext) -> DeltaNorm:
+        """Condition `norm` in place.
+
+        Raises:
+            NotImplementedError: its output is not a normalised input times a scale.
+        """
+        arithmetic = norm_arithmetic(norm, context.path)
+        layer: DeltaNorm = condition(norm, cls, context)  # type: ignore[assignment]
+        weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+        shape = (weight.numel(), len(context.copy_names))
+        layer.deltas = zero_copies(shape, weight)
+        layer.bias_deltas = zero_copies(shape, weight) if getattr(norm, "bias", None) is not None else None
+        layer.arithmetic = arithmetic
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise x [B, ..., D], each sequence with its own scale and bias."""
+        record = self.record()
+        y = super().forward(x)
+        if record.is_reference:
+            return y
+        steered = mixed_norm(
+            x,
+            None,
+            self.deltas,
+            record.columns(self.clp.shared),
+            bias_deltas=self.bias_deltas,
+            row_map=record.row_map(x.shape[:-1]),
+            eps=self.arithmetic.eps,
+            kind=self.arithmetic.kind,
+            backend=record.backend,
+        )
+        return y + steered.to(y.dtype)
+
+    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """`weight.<copy>` and `bias.<copy>` [D]."""
+        own = self.added_parameters() if parameters is None else parameters
+        views = {f"weight.{name}": own["deltas"][:, k] for k, name in enumerate(self.clp.copy_names)}
+        if self.bias_deltas is not None:
+            views |= {f"bias.{name}": own["bias_deltas"][:, k] for k, name in enumerate(self.clp.copy_names)}
+        return views
+
+    def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`weight + deltas @ c` and `bias + bias_deltas @ c`."""
+        values = {}
+        for name, deltas_DK in (("weight", self.deltas), ("bias", self.bias_deltas)):
+            if deltas_DK is not None:
+                values[name] = added_up(getattr(self, name), deltas_DK @ c_K.to(deltas_DK))
+        return values
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` looks like a norm: a scale vector, perhaps a bias, and a class that says so."""
+    own = {name: p.dim() for name, p in module.named_parameters(recurse=False)}
+    named = "norm" in type(module).__name__.lower()
+    return named and "weight" in own and set(own) <= {"weight", "bias"} and set(own.values()) == {1}
+
+
+@torch.no_grad()
+def norm_arithmetic(norm: nn.Module, path: str) -> NormArithmetic:
+    """Find out what `norm` does, by running a float32 copy of it on random values.
+
+    Raises:
+        NotImplementedError: it is neither an RMSNorm nor a LayerNorm in its scale.
+    """
+    probe = copy.deepcopy(norm).float()
+    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
+    width, generator = weight.numel(), torch.Generator().manual_seed(0)
+    x_MD = torch.randn(4, width, generator=generator).to(weight.device) * 3 + 1
+    eps = next((float(v) for name in _EPS_NAMES if isinstance(v := getattr(norm, name, None), (int, float))), None)
+    delta_D = torch.randn(width, generator=generator).to(x_MD.device)
+    y_MD = probe(x_MD)
+    probe.weight.add_(delta_D)  # type: ignore[operator]
+    moved_MD = probe(x_MD) - y_MD
+    if eps is not None:
+        for kind in ("rms", "layer"):
+            one = torch.zeros(1, device=x_MD.device)
+            expected = mixed_norm(x_MD, None, delta_D[:, None], one + 1, eps=eps, kind=kind)
+            if torch.allclose(moved_MD, expected, atol=_AGREEMENT * float(delta_D.abs().max())):
+                return NormArithmetic(kind, eps)
+    raise NotImplementedError(
+        f"{path} ({type(norm).__name__}) is neither an RMSNorm nor a LayerNorm in its scale (eps {eps}): leave it out "
+        "with target_modules"
+    )
