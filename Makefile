@@ -2,6 +2,7 @@
 #   make demo    train and sweep a steerable model on the embedded data   make install  the set-up alone
 #   make test    lint, types, tests                                       make lint     lint and types alone
 #   make bench   about 40 named benchmarks                                make bench-full   the product of all, by -k
+#   make bench-steering   generation under a weighting per row, against the plain model
 #   make sanitize     kernel tests, address and UB sanitizers             make wheel-smoke  the wheel, in an empty venv
 #   make clean   remove what builds and tests left (not .venv, not runs)  make distclean    remove .venv too
 PYTHON ?= python3
@@ -20,9 +21,9 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models demo test lint bench bench-full sanitize wheel-smoke clean distclean
+.PHONY: help install models demo test lint bench bench-full bench-steering sanitize wheel-smoke clean distclean
 help:
-	@sed -n '2,6s/^#   //p' Makefile
+	@sed -n '2,7s/^#   //p' Makefile
 
 install: $(VENV)/.installed
 models: $(VENV)/.models
@@ -65,6 +66,10 @@ bench-full: install
 	$(if $(findstring -k,$(BENCH_FLAGS)),,$(error the product takes weeks: choose with BENCH_FLAGS='-k "decode and K2"'))
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python $(BENCH) --suite full --compiled all --benchmark-json=$(BENCH_JSON) $(BENCH_FLAGS)
+
+bench-steering: install
+	mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/python $(BENCH) --suite steering -k steering --benchmark-json=$(BENCH_JSON) $(BENCH_FLAGS)
 
 sanitize: install
 	PYTHON=$(BIN)/python bash tests/sanitize.sh $(PYTEST_FLAGS)

@@ -18,7 +18,9 @@ from bench.workload import Workload
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("bench")
-    group.addoption("--suite", choices=("named", "full", "tiny"), default="named", help="which cases (default: named)")
+    group.addoption(
+        "--suite", choices=("named", "full", "steering", "tiny"), default="named", help="which cases (default: named)"
+    )
     group.addoption("--device", choices=("cpu", "cuda"), default=None, help="default: cuda where torch sees a GPU")
     group.addoption("--seconds", type=float, default=2.0, help="time for one case's rounds (default: 2)")
     group.addoption(
