@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -60,6 +60,22 @@ class CLPLinear(nn.Linear):
             x, self.weight, self.deltas, record.coefficients_SK, self.bias, row_map=row_map, backend=record.backend
         )
 
+    def added_parameters(self) -> set[str]:
+        """Names of this layer's parameters that conditioning added; the others are the base model's."""
+        return {"deltas"}
+
+    def copies(
+        self, names: Sequence[str], parameters: Mapping[str, torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What each copy owns of this layer, as views into the parameters: `weight.<copy name>` -> Delta_k [N, D].
+
+        Args:
+            names: the copies' names, in order.
+            parameters: taken instead of the layer's own, under the names of `named_parameters` (a gathered state dict).
+        """
+        deltas_NKD = self.deltas if parameters is None else parameters["deltas"]
+        return {f"weight.{name}": deltas_NKD[:, k] for k, name in enumerate(names)}
+
     def extra_repr(self) -> str:
         """Shape summary, printed by `print(model)`."""
         return f"{super().extra_repr()}, copies={self.deltas.shape[1]}"
@@ -68,6 +84,33 @@ class CLPLinear(nn.Linear):
 def conditioned_layers(model: nn.Module) -> dict[str, CLPLinear]:
     """The conditioned layers of `model` by module path, in module order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, CLPLinear)}
+
+
+def named_copies(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """What the copies of `model` hold, by name: `<module path>.<parameter>.<copy name>` -> a view into a parameter.
+
+    Writing into a view changes the model, unseen by autograd. A tensor that several layers share may appear under one
+    path only.
+
+    Args:
+        model: a conditioned model.
+        state_dict: tensors to view instead of the model's own parameters, as `model.state_dict()` names them.
+
+    Raises:
+        ValueError: `state_dict` lacks a conditioned layer's parameter.
+    """
+    copies = {}
+    for path, layer in conditioned_layers(model).items():
+        parameters = None if state_dict is None else _of_layer(state_dict, path, layer)
+        views = layer.copies(model.clp_config.rewards, parameters)  # type: ignore[union-attr, arg-type]
+        copies.update({f"{path}.{key}": view.detach() for key, view in views.items()})
+    return copies
+
+
+def _of_layer(state_dict: Mapping[str, torch.Tensor], path: str, layer: CLPLinear) -> dict[str, torch.Tensor]:
+    if missing := [f"{path}.{name}" for name in layer.added_parameters() if f"{path}.{name}" not in state_dict]:
+        raise ValueError(f"state_dict lacks {min(missing)}: give the model's whole state dict, or none")
+    return {name: state_dict[f"{path}.{name}"] for name in layer.added_parameters()}
 
 
 def find_targets(model: nn.Module, config: CLPConfig) -> list[str]:
