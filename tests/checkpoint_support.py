@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests_support import randomise_deltas, tiny_llama
 
 from clp_engine.checkpoint import CONFIG_FILE
-from clp_engine.checkpoint.manifest import VERSION_1_WEIGHTS_FILE, content_hash, file_record
+from clp_engine.checkpoint.manifest import VERSION_1_WEIGHTS_FILE, content_hash
 
 
 def tiny_conditioned(seed: int = 1, std: float = 0.1):
@@ -58,11 +60,28 @@ def write_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def sign_files(folder: Path) -> None:
-    """Record the single tensor file as it is, without reading its header where that cannot be read."""
-    import dataclasses
-
+    """Record the single tensor file as it is."""
     (file,) = tensor_files(folder)
-    sign(folder, lambda record: record.update(files={file.name: dataclasses.asdict(file_record(file))}))
+    tensors = {name: {"dtype": part.get_dtype(), "shape": part.get_shape()} for name, part in _slices(file).items()}
+    sign_bytes(folder, tensors)
+
+
+def sign_bytes(folder: Path, tensors: dict | None = None) -> None:
+    """Record the single tensor file's hash and size, and `tensors` instead of those it had before."""
+    (file,) = tensor_files(folder)
+
+    def edit(record: dict) -> None:
+        (entry,) = record["files"].values()
+        entry.update(sha256=hashlib.sha256(file.read_bytes()).hexdigest(), size=file.stat().st_size)
+        if tensors is not None:
+            entry["tensors"] = tensors
+
+    sign(folder, edit)
+
+
+def _slices(file: Path) -> dict:
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
 def to_version_1(folder: Path, fingerprint: str) -> None:

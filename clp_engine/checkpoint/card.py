@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -18,52 +19,49 @@ _TEXT = """---
 
 # A steerable language model
 
-One model for every weighting of its rewards ({rewards}), made with clp_engine by Conditional Language Policy
-([arXiv 2407.15762](https://arxiv.org/abs/2407.15762)). This folder holds what was trained on top of the base model,
-{base}; the base itself is loaded beside it.
+One model for every weighting of its rewards, made with clp_engine by Conditional Language Policy
+([arXiv 2407.15762](https://arxiv.org/abs/2407.15762)). This repository holds what was trained on top of the base
+model; the base itself is loaded beside it.
 
 | | |
 | --- | --- |
 {facts}
 
-A weighting gives each reward its share: {weighting}. Every sequence of a batch may have its own. `kl_weight` between
-{min_kl_weight:g} (the trained policy) and 1 (the base model itself) says how close to the base it stays.
+Reward weights are {domain}, one for each reward. `kl_weight` from {min_kl_weight:g} (the trained policy) to 1
+(the base model itself) says how close to the base a text stays. Every sequence of a batch may have its own.
 
 ```python
 import clp_engine as clp
 from transformers import AutoTokenizer
 
-model = clp.CLPModel.from_pretrained("FOLDER OR HUB ID"){hint}
+model = clp.CLPModel.from_pretrained("FOLDER OR HUB ID")
 tokenizer = AutoTokenizer.from_pretrained({base_literal})
 inputs = tokenizer(["a prompt"], return_tensors="pt")
 tokens = model.generate(**inputs, reward_weights={example}, max_new_tokens=64)
 print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 ```
+
+Where the base model is elsewhere by now, `from_pretrained` takes its place as `base_model=`.
 """
 
 
 def text(manifest: Manifest) -> str:
     """The card of `manifest`'s checkpoint; its last line tells an untouched card from an edited one."""
     config = manifest.config
-    share = round(1 / len(config.rewards), 6)
-    on_hub = _is_hub_id(manifest)
+    base = manifest.base_model_name_or_path
     facts = {
         "rewards": ", ".join(f"`{name}`" for name in config.rewards),
         "conditioned": f"`{config.variant or config.target_modules}`, as `{config.parameterization}`",
-        "base model": f"`{manifest.base_model_name_or_path}`, revision {manifest.base_revision or 'unknown'}",
+        "base model": f"`{base or 'without a name'}`, revision {manifest.base_revision or 'unknown'}",
         "base fingerprint": f"`{manifest.base_fingerprint}`",
     }
-    weights = "at least 0 and summing to 1" if config.weight_domain == "simplex" else "any finite numbers"
     body = _TEXT.format(
         header=_header(manifest),
-        rewards=facts["rewards"],
-        base=f"`{manifest.base_model_name_or_path}`" if manifest.base_model_name_or_path else "which has no name",
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-        weighting=f"one weight per reward name, {weights}",
+        domain=">= 0 and sum to 1" if config.weight_domain == "simplex" else "any finite numbers",
         min_kl_weight=config.min_kl_weight,
-        hint="" if on_hub else "  # base_model= says where the base is",
-        base_literal=repr(manifest.base_model_name_or_path),
-        example=repr(dict.fromkeys(config.rewards, share)),
+        base_literal=json.dumps(base),
+        example=json.dumps(dict.fromkeys(config.rewards, round(1 / len(config.rewards), 6))),
     )
     return f"{body}\n<!-- clp_engine: card {_hash(body)} -->\n"
 
@@ -84,15 +82,10 @@ def _hash(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()
 
 
-def _is_hub_id(manifest: Manifest) -> bool:
-    """A folder's path is no base_model that the hub would know."""
-    return manifest.base_revision is not None
-
-
 def _header(manifest: Manifest) -> str:
     from huggingface_hub import ModelCardData
 
     fields: dict[str, Any] = {"library_name": "clp_engine", "tags": ["clp", "conditional-language-policy", "steerable"]}
-    if _is_hub_id(manifest):
+    if manifest.base_revision is not None:  # the hub refuses a folder's path
         fields["base_model"] = manifest.base_model_name_or_path
     return ModelCardData(**fields).to_yaml().strip()

@@ -12,7 +12,7 @@ from clp_engine.checkpoint.manifest import CONFIG_FILE
 from clp_engine.checkpoint.saving import save
 
 _OUR_TENSOR_FILES = "clp_model*.safetensors"
-_DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
+DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 def is_conditioned(path: str | Path) -> bool:
@@ -38,7 +38,7 @@ def find(path: str | Path, revision: str | None = None, options: Mapping[str, An
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    chosen = {name: value for name, value in (options or {}).items() if name in _DOWNLOAD_OPTIONS}
+    chosen = {name: value for name, value in (options or {}).items() if name in DOWNLOAD_OPTIONS}
     try:
         folder = snapshot_download(
             str(path), revision=revision, allow_patterns=[CONFIG_FILE, _OUR_TENSOR_FILES], **chosen

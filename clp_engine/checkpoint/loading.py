@@ -106,6 +106,8 @@ def _load_base(base: Any, manifest: Manifest, directory: Path, **kwargs: Any) ->
             raise ValueError(f"{directory} records no name of its base model: pass base_model=")
         kwargs = {"revision": manifest.base_revision, **kwargs} if manifest.base_revision else kwargs
     if isinstance(base, PreTrainedModel):
+        if unused := sorted(set(kwargs) - set(hub.DOWNLOAD_OPTIONS)):
+            raise TypeError(f"base_model is a model already, so {unused} have no from_pretrained to go to")
         return base
     if not isinstance(base, (str, Path)):
         raise TypeError(f"base_model is a {type(base).__name__}, expected a transformers model, a path or a hub id")
@@ -144,7 +146,7 @@ def _on_meta(model: nn.Module) -> Any:
 def _check_copies(model: Any, manifest: Manifest, directory: Path) -> None:
     shapes = {name: str(record.shape) for name, record in manifest.tensors.items()}
     expected = {name: str(list(view.shape)) for name, view in named_copies(model).items()}
-    _compare(shapes, expected, directory, "the base model under this config")
+    _compare(shapes, expected, directory / CONFIG_FILE, "the base model under this config")
 
 
 def _compare(found: Mapping[str, str], expected: Mapping[str, str], place: Path, source: str) -> None:

@@ -97,6 +97,9 @@ class Manifest:
         counts = Counter(name for record in self.files.values() for name in record.tensors)
         if twice := [name for name, count in counts.items() if count > 1]:
             raise ValueError(f"files hold the tensor {shown(min(twice))} twice")
+        # Before anything is made for each of them: a config's length is nobody's memory.
+        if self.config.num_copies > len(counts):
+            raise ValueError(f"config has {self.config.num_copies} copies, files hold {len(counts)} tensors for them")
 
     @property
     def tensors(self) -> dict[str, TensorRecord]:
@@ -118,7 +121,8 @@ class Manifest:
         Raises:
             ValueError: a name that could not be read back (unprintable characters).
         """
-        record = dataclasses.asdict(self) | {"config": self.config.to_dict(), "format_version": FORMAT_VERSION}
+        record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "config": self.config.to_dict()}
+        record["format_version"] = FORMAT_VERSION
         text = json.dumps(record | {"manifest_sha256": content_hash(record)}, indent=1) + "\n"
         from_record(record)
         return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import reprlib
 import types
@@ -15,6 +16,7 @@ _SCALARS = (str, int, float, bool, type(None))
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 120
+_hints = functools.cache(typing.get_type_hints)
 shown = _short.repr  # a value as an error message shows it, never at its full length
 
 
@@ -128,7 +130,7 @@ def _decode_dataclass(values: dict[str, Any], kind: Any, field: str) -> Any:
     optional = {name for name, f in fields.items() if _has_default(f)}
     if missing := sorted(set(fields) - set(values) - optional):
         raise ValueError(f"{field} lacks the field {missing[0]!r}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     decoded = {name: decode(value, hints[name], f"{field}.{name}") for name, value in values.items()}
     try:
         return kind.from_dict(decoded) if hasattr(kind, "from_dict") else kind(**decoded)

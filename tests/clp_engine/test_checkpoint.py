@@ -56,6 +56,7 @@ def test_round_trip_keeps_every_bit(saved):
     *others, weights_file = names(folder)
     assert others == ["README.md", "clp_config.json"]
     assert re.fullmatch(r"clp_model-[0-9a-f]{16}\.safetensors", weights_file)
+    assert len({entry.stat().st_mode for entry in folder.iterdir()}) == 1  # all as the umask has it
     loaded = clp.CLPModel.from_pretrained(folder)
     assert loaded.clp_config == model.clp_config
     assert is_equal(copies_of(loaded), copies_of(model))
@@ -288,6 +289,8 @@ def test_missing_places_are_named(saved, tmp_path):
         clp.CLPModel.from_pretrained(tmp_path)
     with pytest.raises(TypeError, match="base_model is a int"):
         clp.CLPModel.from_pretrained(folder, base_model=3)
+    with pytest.raises(TypeError, match=r"\['dtype'\] have no from_pretrained to go to"):
+        clp.CLPModel.from_pretrained(folder, base_model=tiny_base(), dtype="bfloat16")
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="pass base_model="):
         clp.CLPModel.from_pretrained(folder)

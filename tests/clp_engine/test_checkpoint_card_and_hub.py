@@ -31,7 +31,7 @@ def test_the_card_names_base_rewards_and_use(model, tmp_path):
     card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.library_name) == ("owner/base", "clp_engine")
     assert "steerable" in card.data.tags
-    for part in ("`long`, `short`", "`attn`, as `delta`", REVISION, "between\n0.05"):
+    for part in ("`long`, `short`", "`attn`, as `delta`", REVISION, "from 0.05 "):
         assert part in card.text
 
 
@@ -41,7 +41,7 @@ def test_the_cards_snippet_runs(saved_base, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(saved_base)
     clp.get_clp_model(base, clp.CLPConfig(rewards=["long", "short"])).save_pretrained(tmp_path / "model")
     text = (tmp_path / "model" / "README.md").read_text()
-    assert "base_model:" not in text  # a folder is none that the hub could link
+    assert "base_model:" not in text  # the hub refuses a folder's path
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(code.replace("FOLDER OR HUB ID", str(tmp_path / "model")).replace("a prompt", "open the file"), {})
@@ -54,7 +54,7 @@ def test_an_edited_card_stays_and_an_untouched_one_follows(model, tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "owner/renamed" in text
-    for own in (text.replace("steerable", "Steerable", 1), "# My model\n", ""):
+    for own in (text.replace("steerable language", "steered language", 1), "# My model\n", ""):
         (tmp_path / "README.md").write_text(own)
         model.save_pretrained(tmp_path)
         assert (tmp_path / "README.md").read_text() == own
