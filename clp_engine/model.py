@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -269,37 +269,113 @@ class CLPModel:
             enable=enable, gradient_checkpointing_func=conditioned_checkpoint, **kwargs
         )
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write the copies and the config to `save_directory`; the base model is referenced, not copied.
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the copies, the config and a model card to `save_directory`; the base model is referenced, not copied.
+
+        A save over an older one is atomic: a process killed at any moment leaves the old or the new. Other files in
+        the folder are not touched, nor is a README.md that somebody wrote or edited.
 
         Args:
             save_directory: a folder, made where missing.
-            **kwargs: `is_main_process` and `state_dict` as transformers' Trainer passes them; the rest is ignored.
+            is_main_process: False writes nothing.
+            state_dict: tensors to write instead of the model's own, as transformers' Trainer gathers them.
+            max_shard_size: bytes of a tensor file at most, or as "200MB".
+            push_to_hub: not offered here: call `push_to_hub`.
+            **kwargs: transformers' other arguments, which have no meaning here.
+
+        Raises:
+            ValueError: a copy holds NaN or infinity (nothing is written then), or an argument is out of range.
         """
         from clp_engine import checkpoint
 
-        if kwargs.get("is_main_process", True):
-            checkpoint.save(self, Path(save_directory), kwargs.get("state_dict"))
+        if push_to_hub:
+            raise ValueError("save_pretrained(push_to_hub=True) is not offered: call model.push_to_hub(repo_id)")
+        if is_main_process:
+            checkpoint.save(self, Path(save_directory), state_dict, max_shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload a conditioned model",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "5GB",
+    ) -> Any:
+        """Upload what `save_pretrained` writes to the Hugging Face hub, in one commit.
+
+        Tensor files of an earlier push go with it; other files of the repository stay, as does a README.md that
+        somebody wrote or edited.
+
+        Args:
+            repo_id: the repository, as in "name/model"; made where missing.
+            commit_message: of the commit.
+            private: whether a new repository is private; None for the account's default.
+            token: an access token; None for the one of `hf auth login`.
+            revision: the branch to commit to.
+            create_pr: True opens a pull request instead.
+            max_shard_size: bytes of a tensor file at most, or as "200MB".
+
+        Returns:
+            huggingface_hub's CommitInfo.
+        """
+        from clp_engine import checkpoint
+
+        return checkpoint.push(
+            self,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+        )
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, base_model: Any = None, is_trainable: bool = False, **kwargs: Any
+        cls,
+        path: str | Path,
+        base_model: Any = None,
+        is_trainable: bool = False,
+        *,
+        revision: str | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Load a conditioned model that `save_pretrained` wrote.
 
+        Everything is checked before a model changes: the manifest, every file's hash and tensors, the base model's
+        fingerprint (its limits are `checkpoint.base_fingerprint`'s). No code is run that the folder names.
+
         Args:
             path: its folder, or a hub id.
-            base_model: the plain model (an object, a path or an id) instead of the recorded one.
+            base_model: the plain model (an object, which is conditioned in place, a path or an id) instead of the
+                recorded one.
             is_trainable: True keeps the copies trainable.
-            **kwargs: handed to the base's from_pretrained.
+            revision: the branch, tag or commit of a hub id; the base's own is recorded.
+            **kwargs: handed to the base's from_pretrained; cache_dir, force_download, local_files_only and token also
+                to the download of a hub id.
 
         Raises:
-            FileNotFoundError: no such model, or its base is not where it was.
-            ValueError: a tensor is missing, extra or of another shape, or the base is another model.
+            FileNotFoundError: no such model, a file of it is missing, or its base is not where it was.
+            ValueError: a file is damaged or altered, a tensor is missing, extra, not finite or of another shape, a
+                field is unknown or out of range, or the base is another model.
+            TypeError: base_model is no transformers model, or conditioned already.
         """
         from clp_engine import checkpoint
 
-        return checkpoint.load(path, base_model, is_trainable, **kwargs)
+        return checkpoint.load(path, base_model, is_trainable, revision, **kwargs)
 
 
 def check_cache(cache: Any, coefficients_BK: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a steerable model from flags or a YAML file",
     "sweep": "evaluate a steerable model over a grid of weightings; writes front.json and front.png",
     "generate": "complete prompts under one weighting or several",
+    "inspect": "verify a steerable model's folder and list what it holds",
     "env": "print versions, processor, devices and kernel back-ends",
 }
 

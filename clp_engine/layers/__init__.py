@@ -1,6 +1,6 @@
 """Conditioned layers: what each family does to a linear layer, an embedding, a norm or an attention block."""
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition, conditioned_layers, release
+from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition, conditioned_layers, named_copies, release
 from clp_engine.layers.embedding import DeltaEmbedding, RelativeBiasEmbedding
 from clp_engine.layers.linear import DeltaLinear
 from clp_engine.layers.low_rank import LoRALinear, PBLoRALinear, SVDLinear
@@ -20,5 +20,6 @@ __all__ = [
     "SoftTokenAttention",
     "condition",
     "conditioned_layers",
+    "named_copies",
     "release",
 ]

@@ -139,6 +139,35 @@ def conditioned_layers(model: nn.Module) -> dict[str, CLPLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CLPLayer)}
 
 
+def named_copies(model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """What the copies of `model` hold, by name: `<module path>.<parameter>.<copy name>` -> a view into a parameter.
+
+    Writing into a view changes the model, unseen by autograd. What tied layers share appears under the first's path.
+
+    Args:
+        model: a conditioned model.
+        state_dict: tensors to view instead of the model's own parameters, as `model.state_dict()` names them.
+
+    Raises:
+        ValueError: `state_dict` lacks a conditioned layer's parameter.
+    """
+    copies: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for path, layer in conditioned_layers(model).items():
+        own = {id(parameter) for parameter in layer.added_parameters().values()}
+        if not own <= seen:
+            views = layer.copies(None if state_dict is None else _of_layer(state_dict, path, layer))
+            copies.update({f"{path}.{key}": view.detach() for key, view in views.items()})
+        seen |= own
+    return copies
+
+
+def _of_layer(state_dict: Mapping[str, torch.Tensor], path: str, layer: CLPLayer) -> dict[str, torch.Tensor]:
+    if missing := [f"{path}.{name}" for name in layer.added_parameters() if f"{path}.{name}" not in state_dict]:
+        raise ValueError(f"state_dict lacks {min(missing)}: give the model's whole state dict, or none")
+    return {name: state_dict[f"{path}.{name}"] for name in layer.added_parameters()}
+
+
 def _new_layer(plain: Any, family: Any) -> Any:
     return object.__new__(conditioned_class(plain, family))
 

@@ -102,26 +102,25 @@ def is_norm(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def norm_arithmetic(norm: nn.Module, path: str) -> NormArithmetic:
-    """Find out what `norm` does, by running a float32 copy of it on random values.
+    """Find out what `norm` does, by running a float32 copy of it on random values, whatever its own weights are.
 
     Raises:
         NotImplementedError: it is neither an RMSNorm nor a LayerNorm in its scale.
     """
-    probe = copy.deepcopy(norm).float()
-    weight: torch.Tensor = norm.weight  # type: ignore[assignment]
-    width, generator = weight.numel(), torch.Generator().manual_seed(0)
-    x_MD = torch.randn(4, width, generator=generator).to(weight.device) * 3 + 1
+    probe = copy.deepcopy(norm).to_empty(device="cpu").float()
+    for name, parameter in probe.named_parameters():
+        parameter.fill_(1.0 if name == "weight" else 0.0)
+    generator = torch.Generator().manual_seed(0)
+    width = probe.weight.numel()  # type: ignore[operator]
+    x_MD, delta_D = torch.randn(4, width, generator=generator) * 3 + 1, torch.randn(width, generator=generator)
     eps = next((float(v) for name in _EPS_NAMES if isinstance(v := getattr(norm, name, None), (int, float))), None)
-    delta_D = torch.randn(width, generator=generator).to(x_MD.device)
     y_MD = probe(x_MD)
     probe.weight.add_(delta_D)  # type: ignore[operator]
     moved_MD = probe(x_MD) - y_MD
-    if eps is not None:
-        for kind in ("rms", "layer"):
-            one = torch.zeros(1, device=x_MD.device)
-            expected = mixed_norm(x_MD, None, delta_D[:, None], one + 1, eps=eps, kind=kind)
-            if torch.allclose(moved_MD, expected, atol=_AGREEMENT * float(delta_D.abs().max())):
-                return NormArithmetic(kind, eps)
+    for kind in ("rms", "layer") if eps is not None else ():
+        expected_MD = mixed_norm(x_MD, None, delta_D[:, None], torch.ones(1), eps=eps, kind=kind)  # type: ignore[arg-type]
+        if torch.allclose(moved_MD, expected_MD, atol=_AGREEMENT * float(delta_D.abs().max())):
+            return NormArithmetic(kind, eps)  # type: ignore[arg-type]
     raise NotImplementedError(
         f"{path} ({type(norm).__name__}) is neither an RMSNorm nor a LayerNorm in its scale (eps {eps}): leave it out "
         "with target_modules"

@@ -243,7 +243,10 @@ class CLPTrainer(Trainer):
         return 0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.load_deltas(self.model if model is None else model, Path(resume_from_checkpoint))
+        checkpoint.load_copies(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        checkpoint.load_copies(self.model, Path(str(self.state.best_model_checkpoint)))
 
 
 def check_output_dir(output_dir: str | Path) -> None:

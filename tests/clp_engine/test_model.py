@@ -85,14 +85,14 @@ def test_bfloat16_keeps_the_steering_effect(plain, conditioned, batch):
     for parameter in conditioned.parameters():
         parameter.data = parameter.data.bfloat16().float() if not parameter.requires_grad else parameter.data
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
-    records = [Conditioning.from_rows(c, "auto") for c in (W, W * 0)]
+    records = [Conditioning.from_rows(c, "auto", 2) for c in (W, W * 0)]
     for name, layer in conditioned_layers(narrow).items():
         wide = conditioned_layers(conditioned)[name]
         effects = []
         for module, inputs in ((layer, x), (wide, x.float())):
             outputs = []
             for record in records:
-                with module.active.use(record), torch.no_grad():
+                with module.clp.active.use(record), torch.no_grad():
                     outputs.append(module(inputs).float())
             effects.append(outputs[0] - outputs[1])
         # Each of the two bfloat16 outputs is rounded once: 2 * 2^-9 of the largest output.

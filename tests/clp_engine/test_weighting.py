@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clp_engine.weighting import coefficients, kl_coefficient, reward_weights_tensor, simplex_grid
+from clp_engine.weighting import kl_coefficient, kl_coefficients, reward_weights_tensor, simplex_grid
 
 NAMES = ["long", "short"]
 
@@ -71,13 +71,17 @@ def test_kl_weight_outside_its_range_is_refused(alpha):
         kl_coefficient(alpha, 0.01)
 
 
-def test_coefficients_scale_each_row():
-    w = torch.tensor([[1.0, 0.0], [0.25, 0.75]])
-    c = coefficients(w, torch.tensor([1.0, 0.01]), 0.01)
-    assert torch.equal(c[0], torch.zeros(2))
-    assert torch.allclose(c[1], w[1])
+def test_linear_interpolation_meets_the_same_ends():
+    alpha = torch.tensor([0.2, 0.6, 1.0])
+    assert torch.allclose(kl_coefficient(alpha, 0.2, "linear"), torch.tensor([1.0, 0.5, 0.0]))
+
+
+def test_kl_coefficients_are_one_per_row():
+    assert torch.equal(kl_coefficients(None, 2, 0.01), torch.ones(2))
+    assert torch.allclose(kl_coefficients(torch.tensor([1.0, 0.01]), 2, 0.01), torch.tensor([0.0, 1.0]))
+    assert torch.equal(kl_coefficients(1.0, 3, 0.01), torch.zeros(3))
     with pytest.raises(ValueError, match=r"shape \[3\]"):
-        coefficients(w, torch.tensor([0.5, 0.5, 0.5]), 0.01)
+        kl_coefficients(torch.tensor([0.5, 0.5, 0.5]), 2, 0.01)
 
 
 def test_simplex_grid():

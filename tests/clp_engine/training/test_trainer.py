@@ -205,6 +205,12 @@ def test_save_load_and_resume(tmp_path, tokenizer, saved_base):
     for name, layer in conditioned_layers(loaded).items():
         assert torch.equal(layer.deltas, conditioned_layers(first.model)[name].deltas)
         assert not layer.deltas.requires_grad
+    first.state.best_model_checkpoint = str(checkpoint)
+    with torch.no_grad():
+        next(iter(conditioned_layers(first.model).values())).deltas.zero_()
+    first._load_best_model()  # what load_best_model_at_end calls
+    for name, layer in conditioned_layers(loaded).items():
+        assert torch.equal(layer.deltas, conditioned_layers(first.model)[name].deltas)
     with pytest.raises(FileExistsError, match=r"holds another run \(checkpoint-2\)"):
         trainer(model(), tmp_path, tokenizer).train()
     resumed = trainer(model(), tmp_path, tokenizer, max_steps=3)
