@@ -124,10 +124,12 @@ def _directory(path: str | Path) -> Path:
 def _load_base(base: Any, directory: Path, **kwargs: Any) -> Any:
     if not isinstance(base, (str, Path)):
         return base
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        config = AutoConfig.from_pretrained(base, **kwargs)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_pretrained(base, **kwargs)
     except OSError as error:
         raise FileNotFoundError(
             f"the base model {str(base)!r} of {directory} cannot be loaded ({error}); pass base_model= with its place"

@@ -4,7 +4,7 @@ The record is found once per model forward, where the weightings enter; no layer
 the record's tensors and back-end to the operator as inputs, so a backward pass needs nothing from here. What runs
 layers again later (gradient checkpointing) binds the record of its own forward, see `ActiveConditioning.bind`.
 
-Legend: B sequences, S distinct weightings, K copies.
+Legend: B sequences, T tokens, L tokens whose logits are asked for, S distinct weightings, K copies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,18 +24,20 @@ class Conditioning:
 
     Args:
         coefficients_SK: distinct coefficient rows.
-        rows_B: int32 [B], the coefficient row of each sequence.
+        rows_B: int32 [B], the coefficient row of each sequence; [1, T], that of each token, where one row of the batch
+            holds several sequences.
         backend: name handed to the operators.
         is_reference: every coefficient is known on the host to be zero: layers skip their copies.
+        kept_rows_1L: beside rows [1, T] those of the tokens whose logits are asked for, which are all that a head sees.
     """
 
     coefficients_SK: torch.Tensor
     rows_B: torch.Tensor
     backend: str = "auto"
     is_reference: bool = False
-    _row_maps: dict[tuple[torch.Size, torch.device], torch.Tensor] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    kept_rows_1L: torch.Tensor | None = None
+    _row_maps: dict[torch.Size, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _moved: dict[torch.device, Conditioning] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_rows(cls, c_BK: torch.Tensor, backend: str) -> Conditioning:
@@ -52,30 +54,58 @@ class Conditioning:
         distinct = torch.tensor(list(index), dtype=c_BK.dtype).view(-1, c_BK.shape[1])
         return cls(distinct, torch.tensor(rows, dtype=torch.int32), backend, is_reference)
 
+    def packed(self, sequence_1T: torch.Tensor, logits_to_keep: int | torch.Tensor = 0) -> Conditioning:
+        """The record of a batch of one row that holds this record's sequences one after the other.
+
+        Args:
+            sequence_1T: the sequence of each token.
+            logits_to_keep: as in transformers: the last so many tokens, or the indices of those whose logits are asked
+                for; 0 keeps all.
+        """
+        rows_1T = self.rows_B.to(sequence_1T.device)[sequence_1T.long()]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return replace(self, rows_B=rows_1T, kept_rows_1L=rows_1T[:, kept], _row_maps={}, _moved={})
+
     def to(self, device: torch.device) -> Conditioning:
         """The record on `device`; itself where it is there already."""
-        if self.coefficients_SK.device == device:
+        if self.coefficients_SK.device == device and self.rows_B.device == device:
             return self
-        moved = self.coefficients_SK.to(device, non_blocking=True), self.rows_B.to(device, non_blocking=True)
-        return Conditioning(*moved, self.backend, self.is_reference)
+        if device not in self._moved:
+            tensors = {name: getattr(self, name) for name in ("coefficients_SK", "rows_B", "kept_rows_1L")}
+            moved = {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
+            self._moved[device] = replace(self, **moved, _row_maps={}, _moved={})
+        return self._moved[device]
 
     def row_map(self, shape: torch.Size) -> torch.Tensor:
         """The coefficient row of each position of a layer input, int32 in `shape` (its leading dimensions).
 
         Raises:
-            ValueError: the input does not hold one entry per sequence (packed rows need a row map of their own).
+            ValueError: the input does not hold one entry per sequence, or per token of a packed row.
         """
-        if shape[0] != self.rows_B.shape[0]:
-            raise ValueError(
-                f"a conditioned layer got an input of leading size {shape[0]} in a forward of {self.rows_B.shape[0]} "
-                "weighted sequences: packed or flattened batches would mix weightings; pad the batch instead"
-            )
         if torch.compiler.is_compiling():
-            return self.rows_B.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-        key = (shape, self.rows_B.device)
-        if key not in self._row_maps:
-            self._row_maps[key] = self.rows_B.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
-        return self._row_maps[key]
+            return self._rows_in(shape)
+        if shape not in self._row_maps:
+            self._row_maps[shape] = self._rows_in(shape).contiguous()
+        return self._row_maps[shape]
+
+    def _rows_in(self, shape: torch.Size) -> torch.Tensor:
+        rows = self.rows_B
+        if self.kept_rows_1L is not None and shape[: rows.dim()] != rows.shape:
+            rows = rows.flatten() if shape == (rows.numel(),) else self.kept_rows_1L
+        if shape[: rows.dim()] != rows.shape:
+            raise ValueError(
+                f"a conditioned layer got an input of leading sizes {list(shape)} in a forward of {list(rows.shape)} "
+                "weighted rows: flattened batches, and packed ones whose sequences are unknown, would mix weightings; "
+                "give position_ids that restart at each sequence of a packed row, or pad the batch"
+            )
+        return rows.view(*rows.shape, *[1] * (len(shape) - rows.dim())).expand(shape)
+
+
+class _PerThread(threading.local):
+    """One record for each thread; every thread starts with None, so that a compiled forward finds it set in all."""
+
+    def __init__(self) -> None:
+        self.record: Conditioning | None = None
 
 
 class ActiveConditioning:
@@ -85,12 +115,12 @@ class ActiveConditioning:
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._local = _PerThread()
 
     @property
     def record(self) -> Conditioning | None:
         """The active record, None outside the conditioned model's forward."""
-        return getattr(self._local, "record", None)
+        return self._local.record
 
     @contextmanager
     def use(self, record: Conditioning | None) -> Iterator[None]:
@@ -118,3 +148,18 @@ class ActiveConditioning:
 
     def __reduce__(self) -> tuple[type[ActiveConditioning], tuple[()]]:
         return ActiveConditioning, ()
+
+
+@dataclass(frozen=True)
+class ConditionedCheckpoint:
+    """A checkpoint function whose recompute runs under the record of its own forward.
+
+    An object, not a closure: copies and pickles of a model take their own `active` along.
+    """
+
+    active: ActiveConditioning
+    checkpoint: Callable[..., Any]
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run `checkpoint(function, ...)` with `function` bound to the active record."""
+        return self.checkpoint(self.active.bind(function), *args, **options)

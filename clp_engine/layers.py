@@ -55,6 +55,7 @@ class CLPLinear(nn.Linear):
             )
         if record.is_reference:
             return nn.functional.linear(x, self.weight, self.bias)
+        record = record.to(x.device)  # a device_map may put layers on several
         row_map = record.row_map(x.shape[:-1])
         return mixed_linear(
             x, self.weight, self.deltas, record.coefficients_SK, self.bias, row_map=row_map, backend=record.backend

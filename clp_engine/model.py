@@ -1,22 +1,23 @@
-"""The conditioned model: any causal Hugging Face model whose forward and generate take a weighting per sequence.
+"""The conditioned model: any Hugging Face language model whose forward and generate take a weighting per sequence.
 
 Legend: B sequences, K copies, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clp_engine import weighting
-from clp_engine.conditioning import ActiveConditioning, Conditioning
+from clp_engine import packing, weighting
+from clp_engine.conditioning import ActiveConditioning, Conditioning, ConditionedCheckpoint
 from clp_engine.config import CLPConfig
+from clp_engine.generation import WeightedGeneration, cache_of, check_cache, tag_cache
 from clp_engine.layers import CLPLinear, conditioned_layers, find_targets
 from clp_engine.weighting import KLWeight, RewardWeights
 from clp_kernels import available_backends, backend_for
@@ -36,7 +37,7 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     Right after the call the model's outputs equal the plain model's under every weighting.
 
     Args:
-        model: a decoder-only transformers model.
+        model: a transformers language model, decoder-only or an encoder-decoder.
         config: what to condition, on which rewards.
 
     Returns:
@@ -44,7 +45,7 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
 
     Raises:
         TypeError: not a transformers model, or conditioned already.
-        NotImplementedError: an encoder-decoder or quantised model.
+        NotImplementedError: a quantised model, or a layer that accelerate keeps off its device.
         ValueError: the config matches no linear layer.
     """
     from transformers import PreTrainedModel
@@ -53,8 +54,6 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
         raise TypeError(f"{type(model).__name__} is conditioned already, on {model.clp_config.rewards}")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"get_clp_model needs a transformers PreTrainedModel, got {type(model).__name__}")
-    if model.config.is_encoder_decoder:
-        raise NotImplementedError(f"{type(model).__name__} is an encoder-decoder: only decoder-only models are built")
     if getattr(model, "is_quantized", False):
         raise NotImplementedError(f"{type(model).__name__} is quantised: full deltas need floating-point weights")
     targets = find_targets(model, config)
@@ -62,13 +61,28 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     active = ActiveConditioning()
     for name in targets:
         linear = model.get_submodule(name)
+        _check_not_offloaded(linear, name)
         model.set_submodule(name, CLPLinear.from_linear(linear, config.num_copies, active, name))  # type: ignore[arg-type]
     conditioned: Any = model
     plain_class: Any = type(model)
     conditioned.__class__ = _conditioned_class(plain_class)
     conditioned.clp_config, conditioned._active = config, active
-    conditioned._kernel_backend, conditioned._said_default = "auto", False
+    conditioned._kernel_backend, conditioned._said_default, conditioned._isolates = "auto", False, {}
+    if "_old_forward" in vars(model):  # what accelerate's hooks run, for a device_map over several devices
+        conditioned._old_forward = type(conditioned).forward.__get__(conditioned)
     return conditioned
+
+
+def _check_not_offloaded(module: torch.nn.Module, name: str) -> None:
+    if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters()):
+        raise NotImplementedError(
+            f"{name} is offloaded: its weights come to the device for each forward only; choose a device_map that "
+            "leaves conditioned layers on a device"
+        )
+
+
+class _ConditionedType(type):
+    """The type of the classes made here, which pickle as what they are made of: no module holds them."""
 
 
 @functools.cache
@@ -86,10 +100,18 @@ def _conditioned_class(base: Any) -> type:
     named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     forward.__signature__ = signature.replace(parameters=[*named, *own, *catch_all])  # type: ignore[attr-defined]
     namespace = {"forward": forward, "__module__": __name__, "base_class": base}
-    return type(f"CLP{base.__name__}", (CLPModel, base), namespace)
+    return _ConditionedType(f"CLP{base.__name__}", (CLPModel, base), namespace)
 
 
-class CLPModel:
+def _reduce_class(cls: type) -> Any:
+    base = vars(cls).get("base_class")
+    return (_conditioned_class, (base,)) if base is not None else cls.__qualname__
+
+
+copyreg.pickle(_ConditionedType, _reduce_class)  # type: ignore[arg-type]
+
+
+class CLPModel(WeightedGeneration):
     """Mixin of a conditioned model; `get_clp_model` and `CLPModel.from_pretrained` make instances.
 
     Attributes:
@@ -127,42 +149,42 @@ class CLPModel:
         Raises:
             ValueError: a weighting of a wrong name, length or value, or a KV cache that was filled under another one.
         """
-        batch_size = _batch_size(args, kwargs)
-        cache = kwargs.get("past_key_values")
-        if coefficients is None:
-            coefficients = self.coefficients(batch_size, reward_weights, kl_weight)
-            check_cache(cache, coefficients)
-        elif reward_weights is not None or kl_weight is not None:
+        if coefficients is not None and (reward_weights is not None or kl_weight is not None):
             raise ValueError("coefficients already hold the weighting: give them, or reward_weights and kl_weight")
-        accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
-        record = Conditioning.from_rows(coefficients.to(accumulator), self._kernel_backend)
-        with self._active.use(record.to(self.device)):  # type: ignore[attr-defined]
+        if packing.is_paged(kwargs):
+            coefficients, sequence_1T = packing.paged_rows(kwargs, self.clp_config.num_copies)
+        else:
+            given = weighting.num_rows(reward_weights, kl_weight) if coefficients is None else len(coefficients)
+            sequence_1T = self._packed_sequences(args, kwargs, given)
+        if coefficients is None:
+            num_rows = packing.batch_size(args, kwargs) if sequence_1T is None else given
+            coefficients = self.coefficients(num_rows, reward_weights, kl_weight)  # type: ignore[arg-type]
+            check_cache(kwargs.get("past_key_values"), coefficients)
+        record = self._record(coefficients)
+        if sequence_1T is not None:
+            record = record.packed(sequence_1T, kwargs.get("logits_to_keep", 0))
+        tag_cache(kwargs.get("past_key_values"), coefficients)
+        with self._active.use(record):
             outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
-        tag_cache(getattr(outputs, "past_key_values", None), coefficients)
+        tag_cache(cache_of(outputs), coefficients)
         return outputs
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate with each sequence under its own weighting, in one batch.
+    def _packed_sequences(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_weightings: int | None
+    ) -> torch.Tensor | None:
+        """The sequence of each token where a packed row gets several weightings; the KV cache is switched off then."""
+        if num_weightings is None or packing.batch_size(args, kwargs) != 1:
+            return None
+        sequence_1T = packing.packed_sequences(kwargs, num_weightings)
+        if sequence_1T is not None:
+            with self._active.use(self._record(torch.zeros(1, self.clp_config.num_copies))):
+                packing.check_packed(self, super().forward, kwargs)  # type: ignore[misc]
+        return sequence_1T
 
-        Args:
-            inputs: prompt ids, as in transformers.
-            *args: the plain model's own arguments.
-            **kwargs: those, and `reward_weights` and `kl_weight` as in `forward` (one row per prompt: beams and
-                num_return_sequences repeat them).
-
-        Returns:
-            What the plain model's generate returns.
-
-        Raises:
-            ValueError: as `forward`, before the first token.
-        """
-        reward_weights, kl_weight = kwargs.pop("reward_weights", None), kwargs.pop("kl_weight", None)
-        if kwargs.get("coefficients") is None:
-            prompts = (inputs,) if inputs is not None else ()
-            rows = self.coefficients(_batch_size(prompts, kwargs), reward_weights, kl_weight)
-            check_cache(kwargs.get("past_key_values"), rows)
-            kwargs["coefficients"] = rows
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+    def _record(self, coefficients_BK: torch.Tensor) -> Conditioning:
+        accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
+        record = Conditioning.from_rows(coefficients_BK.to(accumulator), self._kernel_backend)
+        return record.to(self.device)  # type: ignore[attr-defined]
 
     def coefficients(
         self, batch_size: int, reward_weights: RewardWeights | None = None, kl_weight: KLWeight | None = None
@@ -222,13 +244,9 @@ class CLPModel:
         """Tie each checkpointed block to the record of its own forward: the recompute runs after that forward ended."""
         from torch.utils.checkpoint import checkpoint
 
-        inner: Callable[..., Any] = kwargs.pop("gradient_checkpointing_func", checkpoint)
-
-        def conditioned_checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            return inner(self._active.bind(function), *args, **options)
-
+        inner = kwargs.pop("gradient_checkpointing_func", checkpoint)
         super()._set_gradient_checkpointing(  # type: ignore[misc]
-            enable=enable, gradient_checkpointing_func=conditioned_checkpoint, **kwargs
+            enable=enable, gradient_checkpointing_func=ConditionedCheckpoint(self._active, inner), **kwargs
         )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -262,33 +280,3 @@ class CLPModel:
         from clp_engine import checkpoint
 
         return checkpoint.load(path, base_model, is_trainable, **kwargs)
-
-
-def check_cache(cache: Any, coefficients_BK: torch.Tensor) -> None:
-    """Refuse a KV cache that was filled under other coefficients; one comparison at a call's entry.
-
-    Raises:
-        ValueError: the cache holds keys and values of another weighting.
-    """
-    filled = getattr(cache, "clp_coefficients", None)
-    if filled is None or cache.get_seq_length() == 0:
-        return
-    if filled.shape != coefficients_BK.shape or not torch.equal(filled.cpu(), coefficients_BK.cpu()):
-        raise ValueError(
-            f"past_key_values was filled under coefficients {filled.tolist()}, this call's are "
-            f"{coefficients_BK.tolist()}: a KV cache belongs to its weighting, start a new one"
-        )
-
-
-def tag_cache(cache: Any, coefficients_BK: torch.Tensor) -> None:
-    """Mark `cache` with the coefficients that filled it."""
-    if cache is not None:
-        cache.clp_coefficients = coefficients_BK
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    candidates = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs", "attention_mask"))]
-    for candidate in candidates:
-        if isinstance(candidate, torch.Tensor):
-            return candidate.shape[0]
-    return 1

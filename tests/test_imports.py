@@ -19,6 +19,9 @@ ORDER = (
     (
         "clp_engine.conditioning",
         "clp_engine.layers",
+        "clp_engine.packing",
+        "clp_engine.generation",
+        "clp_engine.continuous_batching",
         "clp_engine.model",
         "clp_engine.checkpoint",
         "clp_engine.sampling",
