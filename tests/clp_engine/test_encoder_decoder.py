@@ -132,7 +132,7 @@ def test_assisted_decoding_runs_the_assistants_encoder_under_the_weighting(model
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_recomputes_under_its_own_forwards_weighting(model, use_reentrant):
     def gradients(model, interleave):
-        model.train().enable_input_require_grads()
+        model.double().train().enable_input_require_grads()  # float64: the gradients nearly cancel
         loss = model(**BATCH, labels=LABELS, reward_weights=W, use_cache=False).loss
         if interleave:
             with torch.no_grad():
@@ -143,7 +143,7 @@ def test_checkpointing_recomputes_under_its_own_forwards_weighting(model, use_re
     expected = gradients(copy.deepcopy(model), interleave=False)
     model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     for got, want in zip(gradients(model, interleave=True), expected, strict=True):
-        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+        assert (got - want).abs().max() <= 1e-9 * want.abs().max()
 
 
 def test_a_saved_model_comes_back_as_an_encoder_decoder(plain, tmp_path):
