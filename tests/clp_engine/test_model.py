@@ -135,17 +135,6 @@ def test_checkpointing_recomputes_under_its_own_forwards_weighting(conditioned, 
         assert torch.allclose(got, want, atol=1e-6)
 
 
-def test_a_cache_of_another_weighting_is_refused(conditioned, batch):
-    with torch.no_grad():
-        cache = conditioned(**batch, reward_weights=W, use_cache=True).past_key_values
-        step = {"input_ids": batch["input_ids"][:, -1:], "past_key_values": cache}
-        conditioned(**step, reward_weights=W)
-        with pytest.raises(ValueError, match="belongs to its weighting"):
-            conditioned(**step, reward_weights=[0.0, 1.0])
-        with pytest.raises(ValueError, match="belongs to its weighting"):
-            conditioned.generate(batch["input_ids"], past_key_values=cache, reward_weights=[0.0, 1.0])
-
-
 def test_packed_rows_are_refused(conditioned, batch):
     with pytest.raises(ValueError, match="packed"):
         conditioned(inputs_embeds=torch.zeros(3, 4, 32), coefficients=torch.zeros(2, 2) + 0.5)
