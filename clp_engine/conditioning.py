@@ -4,7 +4,8 @@ The record is found once per model forward, where the weightings enter; no layer
 the record's tensors and back-end to the operator as inputs, so a backward pass needs nothing from here. What runs
 layers again later (gradient checkpointing) binds the record of its own forward, see `ActiveConditioning.bind`.
 
-Legend: B sequences, S distinct weightings, K copies, C = K coefficients, or K + 1 with lambda behind them.
+Legend: B sequences, T tokens, L tokens whose logits are asked for, S distinct weightings, K copies, C coefficients: K,
+or K + 1 with lambda behind them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ class Conditioning:
 
     Args:
         coefficients_SK: distinct coefficient rows.
-        rows_B: int32 [B], the coefficient row of each sequence.
+        rows_B: int32 [B], the coefficient row of each sequence; [1, T], that of each token, where one row of the batch
+            holds several sequences.
         backend: name handed to the operators.
         is_reference: every coefficient is known on the host to be zero: layers skip their copies.
         lambda_S1: what drives the parts that all weightings share, None where the model has none.
+        kept_rows_1L: beside rows [1, T] those of the tokens whose logits are asked for, which are all that a head sees.
     """
 
     coefficients_SK: torch.Tensor
@@ -35,7 +38,9 @@ class Conditioning:
     backend: str = "auto"
     is_reference: bool = False
     lambda_S1: torch.Tensor | None = None
+    kept_rows_1L: torch.Tensor | None = None
     _derived: dict[Hashable, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _moved: dict[torch.device, Conditioning] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def from_rows(cls, c_BC: torch.Tensor, backend: str, num_copies: int) -> Conditioning:
@@ -59,13 +64,27 @@ class Conditioning:
         lambda_S1 = c_SC[:, num_copies:].contiguous() if c_SC.shape[1] > num_copies else None
         return cls(c_SC[:, :num_copies].contiguous(), rows_B, backend, is_reference, lambda_S1)
 
+    def packed(self, sequence_1T: torch.Tensor, logits_to_keep: int | torch.Tensor = 0) -> Conditioning:
+        """The record of a batch of one row that holds this record's sequences one after the other.
+
+        Args:
+            sequence_1T: the sequence of each token.
+            logits_to_keep: as in transformers: the last so many tokens, or the indices of those whose logits are asked
+                for; 0 keeps all.
+        """
+        rows_1T = self.rows_B.to(sequence_1T.device)[sequence_1T.long()]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return replace(self, rows_B=rows_1T, kept_rows_1L=rows_1T[:, kept], _derived={}, _moved={})
+
     def to(self, device: torch.device) -> Conditioning:
         """The record on `device`; itself where it is there already."""
-        if self.coefficients_SK.device == device:
+        if self.coefficients_SK.device == device and self.rows_B.device == device:
             return self
-        moved = self.coefficients_SK.to(device, non_blocking=True), self.rows_B.to(device, non_blocking=True)
-        lambda_S1 = None if self.lambda_S1 is None else self.lambda_S1.to(device, non_blocking=True)
-        return Conditioning(*moved, self.backend, self.is_reference, lambda_S1)
+        if device not in self._moved:
+            tensors = {name: getattr(self, name) for name in ("coefficients_SK", "rows_B", "lambda_S1", "kept_rows_1L")}
+            moved: Any = {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
+            self._moved[device] = replace(self, **moved, _derived={}, _moved={})
+        return self._moved[device]
 
     def columns(self, shared: bool) -> torch.Tensor:
         """Coefficients [S, K] of the copies, or lambda [S, 1] for what all weightings share."""
@@ -85,22 +104,38 @@ class Conditioning:
 
     def for_every_sequence(self, ids: torch.Tensor) -> torch.Tensor:
         """`ids` [1, T] that a model looks up once for the whole batch (positions), repeated for each sequence."""
-        num_rows = self.rows_B.shape[0]
-        return ids.expand(num_rows, *ids.shape[1:]) if ids.shape[0] == 1 and num_rows > 1 else ids
+        if self.rows_B.dim() == 1 and ids.shape[0] == 1:
+            return ids.expand(self.rows_B.shape[0], *ids.shape[1:])
+        return ids
 
     def row_map(self, shape: torch.Size) -> torch.Tensor:
         """The coefficient row of each position of a layer input, int32 in `shape` (its leading dimensions).
 
         Raises:
-            ValueError: the input does not hold one entry per sequence (packed rows need a row map of their own).
+            ValueError: the input does not hold one entry per sequence, or per token of a packed row.
         """
-        if shape[0] != self.rows_B.shape[0]:
+        if torch.compiler.is_compiling():
+            return self._rows_in(shape)
+        return self.derived(shape, lambda: self._rows_in(shape).contiguous())
+
+    def _rows_in(self, shape: torch.Size) -> torch.Tensor:
+        rows = self.rows_B
+        if self.kept_rows_1L is not None and shape[: rows.dim()] != rows.shape:
+            rows = rows.flatten() if shape == (rows.numel(),) else self.kept_rows_1L
+        if shape[: rows.dim()] != rows.shape:
             raise ValueError(
-                f"a conditioned layer got an input of leading size {shape[0]} in a forward of {self.rows_B.shape[0]} "
-                "weighted sequences: packed or flattened batches would mix weightings; pad the batch instead"
+                f"a conditioned layer got an input of leading sizes {list(shape)} in a forward of {list(rows.shape)} "
+                "weighted rows: flattened batches, and packed ones whose sequences are unknown, would mix weightings; "
+                "give position_ids that restart at each sequence of a packed row, or pad the batch"
             )
-        rows = self.rows_B.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-        return rows if torch.compiler.is_compiling() else self.derived(shape, rows.contiguous)
+        return rows.view(*rows.shape, *[1] * (len(shape) - rows.dim())).expand(shape)
+
+
+class _PerThread(threading.local):
+    """One record for each thread; every thread starts with None, so that a compiled forward finds it set in all."""
+
+    def __init__(self) -> None:
+        self.record: Conditioning | None = None
 
 
 class ActiveConditioning:
@@ -110,12 +145,12 @@ class ActiveConditioning:
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._local = _PerThread()
 
     @property
     def record(self) -> Conditioning | None:
         """The active record, None outside the conditioned model's forward."""
-        return getattr(self._local, "record", None)
+        return self._local.record
 
     @contextmanager
     def use(self, record: Conditioning | None) -> Iterator[None]:
@@ -143,3 +178,18 @@ class ActiveConditioning:
 
     def __reduce__(self) -> tuple[type[ActiveConditioning], tuple[()]]:
         return ActiveConditioning, ()
+
+
+@dataclass(frozen=True)
+class ConditionedCheckpoint:
+    """A checkpoint function whose recompute runs under the record of its own forward.
+
+    An object, not a closure: copies and pickles of a model take their own `active` along.
+    """
+
+    active: ActiveConditioning
+    checkpoint: Callable[..., Any]
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run `checkpoint(function, ...)` with `function` bound to the active record."""
+        return self.checkpoint(self.active.bind(function), *args, **options)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clp_engine.model import CLPModel, tag_cache
+from clp_engine.generation import tag_cache
+from clp_engine.model import CLPModel
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessor

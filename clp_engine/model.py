@@ -1,23 +1,24 @@
-"""The conditioned model: any causal Hugging Face model whose forward and generate take a weighting per sequence.
+"""The conditioned model: any Hugging Face language model whose forward and generate take a weighting per sequence.
 
 Legend: B sequences, K copies, V vocabulary.
 """
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clp_engine import collapsing, weighting
-from clp_engine.conditioning import ActiveConditioning, Conditioning
+from clp_engine import packing, weighting
+from clp_engine.conditioning import ActiveConditioning, ConditionedCheckpoint, Conditioning
 from clp_engine.config import CLPConfig
+from clp_engine.generation import WeightedGeneration, cache_of, check_cache, tag_cache
 from clp_engine.layers import conditioned_layers
+from clp_engine.storage import StoredModel
 from clp_engine.targets import condition_modules
 from clp_engine.weighting import KLWeight, RewardWeights
 from clp_kernels import available_backends
@@ -37,7 +38,7 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     Right after the call the model's outputs equal the plain model's under every weighting.
 
     Args:
-        model: a decoder-only transformers model.
+        model: a transformers language model, decoder-only or an encoder-decoder.
         config: what to condition, on which rewards.
 
     Returns:
@@ -45,7 +46,7 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
 
     Raises:
         TypeError: not a transformers model, or conditioned already.
-        NotImplementedError: a layer that cannot carry such copies.
+        NotImplementedError: a layer that cannot carry such copies, or one that accelerate keeps off its device.
         ValueError: the config matches no layer.
     """
     from transformers import PreTrainedModel
@@ -60,8 +61,14 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     plain_class: Any = type(model)
     conditioned.__class__ = _conditioned_class(plain_class)
     conditioned.clp_config, conditioned._active = config, active
-    conditioned._kernel_backend, conditioned._said_default = "auto", False
+    conditioned._kernel_backend, conditioned._said_default, conditioned._isolates = "auto", False, {}
+    if "_old_forward" in vars(model):  # what accelerate's hooks run, for a device_map over several devices
+        conditioned._old_forward = type(conditioned).forward.__get__(conditioned)
     return conditioned
+
+
+class _ConditionedType(type):
+    """The type of the classes made here, which pickle as what they are made of: no module holds them."""
 
 
 @functools.cache
@@ -79,10 +86,18 @@ def _conditioned_class(base: Any) -> type:
     named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
     forward.__signature__ = signature.replace(parameters=[*named, *own, *catch_all])  # type: ignore[attr-defined]
     namespace = {"forward": forward, "__module__": __name__, "base_class": base}
-    return type(f"CLP{base.__name__}", (CLPModel, base), namespace)
+    return _ConditionedType(f"CLP{base.__name__}", (CLPModel, base), namespace)
 
 
-class CLPModel:
+def _reduce_class(cls: type) -> Any:
+    base = vars(cls).get("base_class")
+    return (_conditioned_class, (base,)) if base is not None else cls.__qualname__
+
+
+copyreg.pickle(_ConditionedType, _reduce_class)
+
+
+class CLPModel(WeightedGeneration, StoredModel):
     """Mixin of a conditioned model; `get_clp_model` and `CLPModel.from_pretrained` make instances.
 
     Attributes:
@@ -120,42 +135,50 @@ class CLPModel:
         Raises:
             ValueError: a weighting of a wrong name, length or value, or a KV cache that was filled under another one.
         """
-        batch_size = _batch_size(args, kwargs)
-        cache = kwargs.get("past_key_values")
-        if coefficients is None:
-            coefficients = self.coefficients(batch_size, reward_weights, kl_weight)
-            check_cache(cache, coefficients)
-        elif reward_weights is not None or kl_weight is not None:
+        if coefficients is not None and (reward_weights is not None or kl_weight is not None):
             raise ValueError("coefficients already hold the weighting: give them, or reward_weights and kl_weight")
-        accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
-        record = Conditioning.from_rows(coefficients.to(accumulator), self._kernel_backend, self.clp_config.num_copies)
-        with self._active.use(record.to(self.device)):  # type: ignore[attr-defined]
+        sequence_1T: torch.Tensor | None
+        if packing.is_paged(kwargs):
+            coefficients, sequence_1T = packing.paged_rows(kwargs, self.clp_config.num_coefficients)
+        else:
+            given = weighting.num_rows(reward_weights, kl_weight) if coefficients is None else len(coefficients)
+            sequence_1T = self._packed_sequences(args, kwargs, given)
+        if coefficients is None:
+            num_rows = packing.batch_size(args, kwargs) if sequence_1T is None else given
+            coefficients = self.coefficients(num_rows, reward_weights, kl_weight)  # type: ignore[arg-type]
+            check_cache(kwargs.get("past_key_values"), coefficients)
+        record = self._record(coefficients)
+        if sequence_1T is not None:
+            record = record.packed(sequence_1T, kwargs.get("logits_to_keep", 0))
+        tag_cache(kwargs.get("past_key_values"), coefficients)
+        with self._active.use(record):
             outputs = super().forward(*args, **kwargs)  # type: ignore[misc]
-        tag_cache(getattr(outputs, "past_key_values", None), coefficients)
+        tag_cache(cache_of(outputs), coefficients)
         return outputs
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate with each sequence under its own weighting, in one batch.
+    def _packed_sequences(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], num_weightings: int | None
+    ) -> torch.Tensor | None:
+        """The sequence of each token where a packed row gets several weightings; the KV cache is switched off then."""
+        if num_weightings is None or packing.batch_size(args, kwargs) != 1:
+            return None
+        sequence_1T = packing.packed_sequences(kwargs, num_weightings)
+        if sequence_1T is not None:
+            with self._active.use(self._record(torch.zeros(1, self.clp_config.num_coefficients))):
+                packing.check_packed(self, super().forward, kwargs)  # type: ignore[misc]
+        return sequence_1T
 
-        Args:
-            inputs: prompt ids, as in transformers.
-            *args: the plain model's own arguments.
-            **kwargs: those, and `reward_weights` and `kl_weight` as in `forward` (one row per prompt: beams and
-                num_return_sequences repeat them).
-
-        Returns:
-            What the plain model's generate returns.
-
-        Raises:
-            ValueError: as `forward`, before the first token.
-        """
-        reward_weights, kl_weight = kwargs.pop("reward_weights", None), kwargs.pop("kl_weight", None)
-        if kwargs.get("coefficients") is None:
-            prompts = (inputs,) if inputs is not None else ()
-            rows = self.coefficients(_batch_size(prompts, kwargs), reward_weights, kl_weight)
-            check_cache(kwargs.get("past_key_values"), rows)
-            kwargs["coefficients"] = rows
-        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+    def _record(self, coefficients_BC: torch.Tensor) -> Conditioning:
+        config = self.clp_config
+        if coefficients_BC.shape[-1] != config.num_coefficients:
+            lambda_too = ", lambda behind the copies'" if config.has_shared else ""
+            raise ValueError(
+                f"coefficients has shape {list(coefficients_BC.shape)}, the model takes {config.num_coefficients} for "
+                f"each sequence: those of {list(config.copy_names)}{lambda_too}"
+            )
+        accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
+        record = Conditioning.from_rows(coefficients_BC.to(accumulator), self._kernel_backend, config.num_copies)
+        return record.to(self.device)  # type: ignore[attr-defined]
 
     def coefficients(
         self, batch_size: int, reward_weights: RewardWeights | None = None, kl_weight: KLWeight | None = None
@@ -188,40 +211,10 @@ class CLPModel:
         lambda_B1 = lambdas.to(c_BK.device)[:, None]
         return torch.cat([lambda_B1 * c_BK, lambda_B1], dim=1) if config.has_shared else lambda_B1 * c_BK
 
-    def collapse(self, reward_weights: RewardWeights | None = None, kl_weight: float | None = None) -> Any:
-        """A new, ordinary model that equals this one at one weighting; this one stays as it is.
-
-        Equivalent to `weight + einsum("k,nkd->nd", c, deltas)` for every conditioned parameter, added in float32 and
-        rounded to the parameter's dtype: in 16 bits a copy smaller than the weight's last bit is lost in that sum. It
-        shares no memory with this model. Serving one weighting for many steps, this is the cheaper form.
-
-        Args:
-            reward_weights: a dict or [R]; None for the config's default.
-            kl_weight: alpha; None for the trained policy.
-
-        Raises:
-            ValueError: a weighting of a wrong name, length or value.
-            NotImplementedError: no plain model computes this one (soft tokens, low rank over quantised weights).
-        """
-        return collapsing.collapse(self, self.coefficients(1, reward_weights, kl_weight)[0])
-
-    def fold(self) -> Any:
-        """A new conditioned model with the last copy folded into the base: K - 1 copies to read instead of K.
-
-        On the simplex `W_0 + sum_k w_k Delta_k` is `(W_0 + Delta_K) + sum_{k < K} w_k (Delta_k - Delta_K)`, exactly; a
-        16-bit base rounds W_0 + Delta_K. The reference policy is no longer in it: `kl_weight` is refused, and so is
-        saving. It serves.
-
-        Raises:
-            NotImplementedError: copies other than full deltas, or shared parts beside them.
-            ValueError: weights that need not sum to one.
-        """
-        return collapsing.fold(self)
-
     @staticmethod
     def own_attributes() -> tuple[str, ...]:
         """Names of what conditioning sets on the model object."""
-        return "clp_config", "_active", "_kernel_backend", "_said_default"
+        return "clp_config", "_active", "_kernel_backend", "_said_default", "_isolates"
 
     def set_kernel_backend(self, name: str) -> None:
         """Choose the operators' back-end for this model: "auto", "reference", "cpp", "triton" or "cuda".
@@ -260,149 +253,7 @@ class CLPModel:
         """Tie each checkpointed block to the record of its own forward: the recompute runs after that forward ended."""
         from torch.utils.checkpoint import checkpoint
 
-        inner: Callable[..., Any] = kwargs.pop("gradient_checkpointing_func", checkpoint)
-
-        def conditioned_checkpoint(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-            return inner(self._active.bind(function), *args, **options)
-
+        inner = kwargs.pop("gradient_checkpointing_func", checkpoint)
         super()._set_gradient_checkpointing(  # type: ignore[misc]
-            enable=enable, gradient_checkpointing_func=conditioned_checkpoint, **kwargs
+            enable=enable, gradient_checkpointing_func=ConditionedCheckpoint(self._active, inner), **kwargs
         )
-
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, torch.Tensor] | None = None,
-        max_shard_size: int | str = "5GB",
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write the copies, the config and a model card to `save_directory`; the base model is referenced, not copied.
-
-        A save over an older one is atomic: a process killed at any moment leaves the old or the new. Other files in
-        the folder are not touched, nor is a README.md that somebody wrote or edited.
-
-        Args:
-            save_directory: a folder, made where missing.
-            is_main_process: False writes nothing.
-            state_dict: tensors to write instead of the model's own, as transformers' Trainer gathers them.
-            max_shard_size: bytes of a tensor file at most, or as "200MB".
-            push_to_hub: not offered here: call `push_to_hub`.
-            **kwargs: transformers' other arguments, which have no meaning here.
-
-        Raises:
-            ValueError: a copy holds NaN or infinity (nothing is written then), or an argument is out of range.
-        """
-        from clp_engine import checkpoint
-
-        if push_to_hub:
-            raise ValueError("save_pretrained(push_to_hub=True) is not offered: call model.push_to_hub(repo_id)")
-        if is_main_process:
-            checkpoint.save(self, Path(save_directory), state_dict, max_shard_size)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload a conditioned model",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "5GB",
-    ) -> Any:
-        """Upload what `save_pretrained` writes to the Hugging Face hub, in one commit.
-
-        Tensor files of an earlier push go with it; other files of the repository stay, as does a README.md that
-        somebody wrote or edited.
-
-        Args:
-            repo_id: the repository, as in "name/model"; made where missing.
-            commit_message: of the commit.
-            private: whether a new repository is private; None for the account's default.
-            token: an access token; None for the one of `hf auth login`.
-            revision: the branch to commit to.
-            create_pr: True opens a pull request instead.
-            max_shard_size: bytes of a tensor file at most, or as "200MB".
-
-        Returns:
-            huggingface_hub's CommitInfo.
-        """
-        from clp_engine import checkpoint
-
-        return checkpoint.push(
-            self,
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            max_shard_size=max_shard_size,
-        )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        base_model: Any = None,
-        is_trainable: bool = False,
-        *,
-        revision: str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a conditioned model that `save_pretrained` wrote.
-
-        Everything is checked before a model changes: the manifest, every file's hash and tensors, the base model's
-        fingerprint (its limits are `checkpoint.base_fingerprint`'s). No code is run that the folder names.
-
-        Args:
-            path: its folder, or a hub id.
-            base_model: the plain model (an object, which is conditioned in place, a path or an id) instead of the
-                recorded one.
-            is_trainable: True keeps the copies trainable.
-            revision: the branch, tag or commit of a hub id; the base's own is recorded.
-            **kwargs: handed to the base's from_pretrained; cache_dir, force_download, local_files_only and token also
-                to the download of a hub id.
-
-        Raises:
-            FileNotFoundError: no such model, a file of it is missing, or its base is not where it was.
-            ValueError: a file is damaged or altered, a tensor is missing, extra, not finite or of another shape, a
-                field is unknown or out of range, or the base is another model.
-            TypeError: base_model is no transformers model, or conditioned already.
-        """
-        from clp_engine import checkpoint
-
-        return checkpoint.load(path, base_model, is_trainable, revision, **kwargs)
-
-
-def check_cache(cache: Any, coefficients_BK: torch.Tensor) -> None:
-    """Refuse a KV cache that was filled under other coefficients; one comparison at a call's entry.
-
-    Raises:
-        ValueError: the cache holds keys and values of another weighting.
-    """
-    filled = getattr(cache, "clp_coefficients", None)
-    if filled is None or cache.get_seq_length() == 0:
-        return
-    if filled.shape != coefficients_BK.shape or not torch.equal(filled.cpu(), coefficients_BK.cpu()):
-        raise ValueError(
-            f"past_key_values was filled under coefficients {filled.tolist()}, this call's are "
-            f"{coefficients_BK.tolist()}: a KV cache belongs to its weighting, start a new one"
-        )
-
-
-def tag_cache(cache: Any, coefficients_BK: torch.Tensor) -> None:
-    """Mark `cache` with the coefficients that filled it."""
-    if cache is not None:
-        cache.clp_coefficients = coefficients_BK
-
-
-def _batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    candidates = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "inputs", "attention_mask"))]
-    for candidate in candidates:
-        if isinstance(candidate, torch.Tensor):
-            return candidate.shape[0]
-    return 1

@@ -141,7 +141,12 @@ def rollout(
 
     Returns:
         The completions, on the model's device.
+
+    Raises:
+        NotImplementedError: an encoder-decoder, whose completions do not follow their prompts in one row.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise NotImplementedError(f"rollouts of encoder-decoders ({type(model).__name__}) are not built: use generate")
     device = model.device
     ids_GP, mask_GP = (t.to(device) for t in encode_prompts(processing_class, prompts, max_prompt_length))
     weighting = {"reward_weights": reward_weights, "kl_weight": kl_weight}

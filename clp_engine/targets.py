@@ -41,6 +41,8 @@ def condition_modules(model: nn.Module, config: CLPConfig, active: ActiveConditi
         _check(path, modules[path], config)
     for path in shared:
         _check_delta(path, modules[path])
+    for path in (*chosen, *shared):
+        _check_not_offloaded(modules[path], path)
     model.requires_grad_(False)
     tied: dict[tuple[int, bool], nn.Parameter] = {}
     for path in chosen:
@@ -122,6 +124,14 @@ def _check_delta(path: str, module: nn.Module) -> None:
         raise NotImplementedError(
             f"{path} ({type(module).__name__}) is quantised: full deltas need floating-point weights; "
             'parameterization="lora", "svd" or "pblora" works beside any linear layer'
+        )
+
+
+def _check_not_offloaded(module: nn.Module, name: str) -> None:
+    if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters()):
+        raise NotImplementedError(
+            f"{name} is offloaded: its weights come to the device for each forward only; choose a device_map that "
+            "leaves conditioned layers on a device"
         )
 
 

@@ -72,7 +72,8 @@ def _rows(reward_weights: RewardWeights, rewards: Sequence[str], batch_size: int
     if weights.shape[0] != batch_size:
         raise ValueError(
             f"reward_weights has {weights.shape[0]} rows for a batch of {batch_size} sequences: "
-            "give one row per sequence, or a single weighting for all of them"
+            "give one row per sequence, or a single weighting for all of them (sequences packed into one row are "
+            "counted where position_ids restart)"
         )
     return weights
 
@@ -88,12 +89,31 @@ def _named_row(row: Mapping[str, float], rewards: Sequence[str], field: str) -> 
     return [float(row[name]) for name in rewards]
 
 
+def num_rows(reward_weights: RewardWeights | None, kl_weight: KLWeight | None) -> int | None:
+    """How many rows a weighting is given for (a list of dicts, [B, K], a KL weight [B]); None where once for all."""
+    if reward_weights is not None and not isinstance(reward_weights, Mapping):
+        if isinstance(reward_weights, torch.Tensor):
+            has_rows = reward_weights.dim() > 1
+        else:
+            has_rows = any(isinstance(row, (Mapping, Sequence)) or np.ndim(row) > 0 for row in reward_weights)
+        if has_rows:
+            return len(reward_weights)
+    kl_weights = None if kl_weight is None else torch.as_tensor(kl_weight)
+    return None if kl_weights is None or kl_weights.dim() == 0 else len(kl_weights)
+
+
 def check_reward_weights(w_BR: torch.Tensor, rewards: Sequence[str], domain: str) -> None:
     """Check the values of w_BR [B, R] against `domain`; one comparison of the whole batch, so one device sync.
 
     Raises:
         ValueError: a weight is not finite, negative on the simplex, or a row does not sum to 1 there.
     """
+    if torch.compiler.is_compiling():  # a compiled graph cannot branch on values, nor name them
+        fits = torch.isfinite(w_BR).all()
+        if domain == "simplex":
+            fits = fits & (w_BR >= 0).all() & ((w_BR.sum(dim=1) - 1).abs() <= SUM_TOLERANCE).all()
+        torch._assert_async(fits, f"reward_weights are not finite or outside the domain {domain}")
+        return
     w = w_BR.detach().to("cpu", torch.float64)
     bad = ~torch.isfinite(w).all(dim=1)
     reason = "must be finite"
@@ -132,7 +152,9 @@ def kl_coefficient(kl_weight: torch.Tensor | float, min_kl_weight: float, interp
     alpha = torch.as_tensor(kl_weight, dtype=torch.float64)
     # float32 inputs carry a relative rounding of 6e-8: the ends are met within that and clamped.
     outside = ~((alpha >= min_kl_weight * (1 - 1e-6)) & (alpha <= 1 + 1e-6))
-    if outside.any():
+    if torch.compiler.is_compiling():
+        torch._assert_async(~outside.any(), f"kl_weight lies outside [{min_kl_weight:g}, 1]")
+    elif outside.any():
         value = float(alpha[outside].flatten()[0]) if alpha.dim() else float(alpha)
         raise ValueError(f"kl_weight is {value:g}, outside [min_kl_weight, 1] = [{min_kl_weight:g}, 1]")
     alpha = alpha.clamp(min_kl_weight, 1.0)

@@ -98,7 +98,7 @@ def load_copies(model: Any, directory: Path) -> None:
 
 
 def _load_base(base: Any, manifest: Manifest, directory: Path, **kwargs: Any) -> Any:
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
     if base is None:
         base = manifest.base_model_name_or_path
@@ -113,7 +113,9 @@ def _load_base(base: Any, manifest: Manifest, directory: Path, **kwargs: Any) ->
         raise TypeError(f"base_model is a {type(base).__name__}, expected a transformers model, a path or a hub id")
     message = f"the base model {str(base)!r} of {directory} cannot be loaded"
     try:
-        return AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        is_encoder_decoder = AutoConfig.from_pretrained(base, **kwargs).is_encoder_decoder
+        auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+        return auto.from_pretrained(base, **kwargs)
     except OSError as error:
         raise FileNotFoundError(f"{message} ({error}); pass base_model= with its place") from error
     except ValueError as error:

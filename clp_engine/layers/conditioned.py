@@ -58,8 +58,8 @@ class CLPLayer(nn.Module):
         """Bases of the class of a conditioned `plain` layer: this family's forward first, its own by `super()`."""
         return cls, plain
 
-    def record(self) -> Conditioning:
-        """The record of the running forward.
+    def record(self, device: torch.device) -> Conditioning:
+        """The record of the running forward, on `device`: a device_map may put layers on several.
 
         Raises:
             RuntimeError: called outside the conditioned model's forward, where no weighting is known.
@@ -70,7 +70,7 @@ class CLPLayer(nn.Module):
                 f"{self.clp.path} was called outside the conditioned model's forward, so its weighting is unknown: "
                 "call the model that get_clp_model returned, not one of its parts"
             )
-        return record
+        return record.to(device)
 
     def added_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that conditioning added, by name."""

@@ -62,7 +62,7 @@ class DeltaEmbedding(_Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up ids [B, T] or [1, T]."""
-        record = self.record()
+        record = self.record(input.device)
         if record.is_reference:
             return super().forward(input)
         ids = record.for_every_sequence(input)
@@ -85,7 +85,7 @@ class RelativeBiasEmbedding(_Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up buckets [Q, J]; [Q, J, B * H] with sequences outermost, [Q, J, H] where all are the reference."""
-        record = self.record()
+        record = self.record(input.device)
         base_QJH = super().forward(input)
         if record.is_reference:
             return base_QJH

@@ -83,7 +83,7 @@ class DeltaLinear(CLPLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [B, ..., D] to [B, ..., N] with each sequence's own average of the copies."""
-        record = self.record()
+        record = self.record(x.device)
         if record.is_reference:
             return super().forward(x)
         fused = runs_fused(self)

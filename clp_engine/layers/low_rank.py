@@ -37,7 +37,7 @@ class LowRankLinear(CLPLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [B, ..., D] to [B, ..., N] with each sequence's own gates."""
-        record = self.record()
+        record = self.record(x.device)
         if record.is_reference:
             return super().forward(x)
         down, up = self.factors()

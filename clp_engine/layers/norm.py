@@ -59,7 +59,7 @@ class DeltaNorm(CLPLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise x [B, ..., D], each sequence with its own scale and bias."""
-        record = self.record()
+        record = self.record(x.device)
         y = super().forward(x)
         if record.is_reference:
             return y

@@ -39,10 +39,10 @@ class SoftTokenAttention(CLPLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the block returns, its first output steered."""
-        record, outputs = self.record(), super().forward(*args, **kwargs)
+        x = args[0] if args else kwargs["hidden_states"]
+        record, outputs = self.record(x.device), super().forward(*args, **kwargs)
         if record.is_reference:
             return outputs
-        x = args[0] if args else kwargs["hidden_states"]
         scores = x.to(self.soft_keys.dtype) @ self.soft_keys.T * x.shape[-1] ** -0.5
         steered = mixed_linear(
             scores.softmax(dim=-1),

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tests_support import mixed_by_hand
 from torch.nn import functional as F
 
 import clp_engine as clp
@@ -23,15 +24,6 @@ def batch(tokenizer):
 
 def condition(plain, **fields):
     return clp.get_clp_model(copy.deepcopy(plain), clp.CLPConfig(**{"rewards": ["long", "short"], **fields}))
-
-
-def mixed_by_hand(plain, conditioned, weights):
-    """The plain model with W_0 + sum_k w_k Delta_k written into its layers."""
-    model = copy.deepcopy(plain)
-    with torch.no_grad():
-        for name, layer in conditioned_layers(conditioned).items():
-            model.get_submodule(name).weight += torch.einsum("k,nkd->nd", weights, layer.deltas)
-    return model
 
 
 @pytest.mark.parametrize("weights", [None, {"long": 1.0, "short": 0.0}, W])
@@ -141,43 +133,6 @@ def test_checkpointing_recomputes_under_its_own_forwards_weighting(conditioned, 
     conditioned.enable_input_require_grads()
     for got, want in zip(gradients(conditioned, interleave=True), expected, strict=True):
         assert torch.allclose(got, want, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"do_sample": False},
-        {"num_beams": 3},
-        {"num_beams": 4, "num_return_sequences": 2},
-        {"do_sample": False, "cache_implementation": "static"},
-        {"do_sample": False, "prompt_lookup_num_tokens": 2},
-    ],
-)
-@pytest.mark.parametrize("form", ["tensor", "dicts"])
-def test_a_mixed_batch_generates_what_each_row_generates_alone(conditioned, batch, options, form):
-    if "prompt_lookup_num_tokens" in options:
-        batch = {name: tensor[1:2] for name, tensor in batch.items()}  # transformers looks prompts up for one row only
-    weights = W[: len(batch["input_ids"])]
-    given = weights if form == "tensor" else [{"short": float(w[1]), "long": float(w[0])} for w in weights]
-    options = {"max_new_tokens": 8, "pad_token_id": 0, **options}
-    together = conditioned.generate(**batch, reward_weights=given, **options)
-    n = options.get("num_return_sequences", 1)
-    for i, w in enumerate(weights):
-        row = {name: tensor[i : i + 1] for name, tensor in batch.items()}
-        alone = conditioned.generate(**row, reward_weights=w, **options)
-        width = min(alone.shape[1], together.shape[1])
-        assert torch.equal(together[i * n : (i + 1) * n, :width], alone[:, :width])
-
-
-def test_a_cache_of_another_weighting_is_refused(conditioned, batch):
-    with torch.no_grad():
-        cache = conditioned(**batch, reward_weights=W, use_cache=True).past_key_values
-        step = {"input_ids": batch["input_ids"][:, -1:], "past_key_values": cache}
-        conditioned(**step, reward_weights=W)
-        with pytest.raises(ValueError, match="belongs to its weighting"):
-            conditioned(**step, reward_weights=[0.0, 1.0])
-        with pytest.raises(ValueError, match="belongs to its weighting"):
-            conditioned.generate(batch["input_ids"], past_key_values=cache, reward_weights=[0.0, 1.0])
 
 
 def test_packed_rows_are_refused(conditioned, batch):
