@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from clp_engine import collapsing
+from clp_engine.config import CLPConfig
 from clp_engine.weighting import RewardWeights
 
 
 class StoredModel:
     """The part of `CLPModel` that writes and reads models."""
 
+    clp_config: CLPConfig
     coefficients: Callable[..., torch.Tensor]
 
     def save_pretrained(
@@ -45,6 +47,7 @@ class StoredModel:
         """
         from clp_engine import checkpoint
 
+        self._check_unfolded()
         if push_to_hub:
             raise ValueError("save_pretrained(push_to_hub=True) is not offered: call model.push_to_hub(repo_id)")
         if is_main_process:
@@ -78,6 +81,7 @@ class StoredModel:
         Returns:
             huggingface_hub's CommitInfo.
         """
+        self._check_unfolded()
         from clp_engine import checkpoint
 
         return checkpoint.push(
@@ -154,3 +158,10 @@ class StoredModel:
             ValueError: weights that need not sum to one.
         """
         return collapsing.fold(self)
+
+    def _check_unfolded(self) -> None:
+        if self.clp_config.folded is not None:
+            raise ValueError(
+                f"copy {self.clp_config.folded!r} is folded into this model's base, which is no longer the one that it "
+                "would refer to: save the model that it was folded from"
+            )

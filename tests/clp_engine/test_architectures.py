@@ -66,9 +66,3 @@ def test_windows_shorter_than_the_rows_take_padded_rows(tokenizer):
     with torch.no_grad():
         padded, shared = (token_logprobs(model, out, c, share_prompts=share) for share in (False, True))
     assert torch.equal(padded, shared)
-
-
-def test_conv1d_attention_is_refused_by_name():
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=32, n_embd=32, n_layer=1, n_head=4))
-    with pytest.raises(ValueError, match="Conv1D is not conditioned yet"):
-        clp.get_clp_model(model, clp.CLPConfig(rewards=["long"]))
