@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -145,12 +146,25 @@ def _add_conditioning_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--target_modules", nargs="+", help="instead of a variant: name suffixes, one regular expression, or all-linear"
     )
-    group.add_argument("--parameterization", default="delta", help="form of the copies")
+    forms = ("delta", "lora", "svd", "pblora", "soft_tokens")
+    group.add_argument("--parameterization", default="delta", choices=forms, help="form of the copies (default: delta)")
+    group.add_argument("--r", type=int, help="rank of low-rank copies (default: 8)")
+    group.add_argument("--lora_alpha", type=float, help="a LoRA copy's scaling is lora_alpha / r (default: 8)")
+    group.add_argument("--num_virtual_tokens", type=int, help="soft tokens of an attention block (default: 8)")
     group.add_argument("--train_shared", action="store_true", help="train the other parameters too, one copy for all")
     group.add_argument(
         "--min_kl_weight",
         type=float,
         help="KL weight at which the trained policy itself answers (default: --kl_weight)",
+    )
+    group.add_argument(
+        "--copies",
+        type=json.loads,
+        metavar="JSON",
+        help="""copies that are mixes of rewards, as in '{"middle": {"a": 0.5, "b": 0.5}}' (default: one per reward)""",
+    )
+    group.add_argument(
+        "--kl_interpolation", default="dera", choices=("dera", "linear"), help="lambda of a KL weight (default: dera)"
     )
     group.add_argument("--weight_domain", default="simplex", choices=("simplex", "free"), help="weights allowed")
     group.add_argument(
@@ -164,7 +178,8 @@ def _add_conditioning_flags(parser: argparse.ArgumentParser) -> None:
 def _clp_config(options: argparse.Namespace, reward_names: list[str]) -> CLPConfig:
     from clp_engine.config import CLPConfig
 
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(CLPConfig)}
+    flags = [field.name for field in dataclasses.fields(CLPConfig) if field.name != "folded"]  # fold's own
+    given = {name: getattr(options, name) for name in flags}
     given["rewards"] = options.rewards or reward_names
     if isinstance(given["target_modules"], list) and len(given["target_modules"]) == 1:
         given["target_modules"] = _regex_or_suffixes(given["target_modules"][0])

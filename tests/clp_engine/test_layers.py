@@ -34,6 +34,25 @@ def test_memory_is_the_copies_and_nothing_else():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2 * size  # tied embeddings count once
 
 
+@pytest.mark.parametrize("fields", [{"variant": "full"}, {"parameterization": "lora"}])
+def test_peak_memory_is_the_copies_whatever_the_weightings(fields):
+    from bench.memory import measure_peak
+
+    model = tiny_llama(hidden_size=256, intermediate_size=512)
+    measure_peak(lambda: {}, "cpu")  # the profiler's own first use
+    peak = measure_peak(
+        lambda: {n: p for n, p in condition(model, **fields).named_parameters() if p.requires_grad}, "cpu"
+    )
+    assert abs(peak["allocator"]) < 0.25  # MiB beside some MiB of copies: a norm's probe, a seed of an adapter
+    randomise_deltas(model)
+    model(IDS, reward_weights=W)
+    peaks = [
+        measure_peak(lambda w=w: {"logits": model(IDS, reward_weights=w).logits.detach()}, "cpu")["allocator"]
+        for w in (W, W.flip(0), torch.rand(2, 2).softmax(-1))
+    ]
+    assert max(peaks) - min(peaks) < 0.01
+
+
 def test_a_tied_head_has_the_embeddings_copies():
     model = condition(tiny_llama(), variant="full")
     assert model.lm_head.deltas is model.model.embed_tokens.deltas
