@@ -42,16 +42,22 @@ def regularised_returns(scalar_B: torch.Tensor, kl_BL: torch.Tensor, kl_weight: 
     return (1 - kl_weight) * scalar_B[:, None] - kl_weight * kl_to_go_BL
 
 
-def leave_one_out_advantages(returns_BL: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Advantage of each token over the mean return at its position of its group's other rows.
+def leave_one_out_advantages(returns_BL: torch.Tensor, num_generations: int, mask_BL: torch.Tensor) -> torch.Tensor:
+    """Advantage of each token over what its group's other rows that are still being written there return.
 
-    Equivalent to `n / (n - 1) * (groups - groups.mean(1, keepdim=True))` with `groups = returns.view(-1, n, L)` without
-    NaN. A row whose return is NaN (no reward applies) is left out of its group's baselines and gets advantage 0; so
-    does a row that is alone in its group.
+    With a_t the other rows that reach position t, the baseline is `(returns[a_t].sum() + others.mean()) / (len(a_t) +
+    1)`: a row that has ended says little about what going on is worth, and the mean over all others steadies it where
+    few are left. The decision to end is so compared with going on, not with the whole group; no baseline depends on the
+    row's own token, so the gradient's expectation is the same. Where all rows are of one length it is the mean of the
+    others, the advantages `n / (n - 1) * (groups - groups.mean(1, keepdim=True))`.
+
+    A row whose return is NaN (no reward applies) is left out of its group's baselines and gets advantage 0; so does a
+    row that is alone in its group.
 
     Args:
         returns_BL: rows of one (prompt, weighting) next to each other.
         num_generations: n.
+        mask_BL: 1 up to and including the end of a row.
 
     Returns:
         advantages_BL: finite.
@@ -64,9 +70,15 @@ def leave_one_out_advantages(returns_BL: torch.Tensor, num_generations: int) -> 
     groups_GnL = returns_BL.view(-1, num_generations, returns_BL.shape[1])
     scored_GnL = ~groups_GnL.isnan()
     values_GnL = groups_GnL.nan_to_num(0.0)
-    others_GnL = scored_GnL.sum(dim=1, keepdim=True) - scored_GnL.long()
-    baseline_GnL = (values_GnL.sum(dim=1, keepdim=True) - values_GnL) / others_GnL.clamp(min=1)
-    advantages_GnL = torch.where(scored_GnL & (others_GnL > 0), values_GnL - baseline_GnL, 0.0)
+
+    def others(of_GnL: torch.Tensor) -> torch.Tensor:
+        return of_GnL.sum(dim=1, keepdim=True) - of_GnL
+
+    num_others_GnL = others(scored_GnL.long())
+    mean_GnL = others(values_GnL) / num_others_GnL.clamp(min=1)
+    writing_GnL = scored_GnL & mask_BL.view_as(groups_GnL).bool()
+    baseline_GnL = (others(values_GnL * writing_GnL) + mean_GnL) / (others(writing_GnL.long()) + 1)
+    advantages_GnL = torch.where(scored_GnL & (num_others_GnL > 0), values_GnL - baseline_GnL, 0.0)
     return advantages_GnL.view_as(returns_BL)
 
 

@@ -185,7 +185,8 @@ class CLPTrainer(Trainer):
         logprobs_BL = self._logprobs(model, completions, inputs["coefficients_GK"])
         kl_BL = logprobs_BL.detach() - inputs["reference_BL"]
         returns_BL = regularised_returns(inputs["scalar_B"], kl_BL, self.args.kl_weight)
-        advantages_BL = leave_one_out_advantages(returns_BL, completions.num_generations)
+        mask_BL = completions.completion_mask_BL
+        advantages_BL = leave_one_out_advantages(returns_BL, completions.num_generations, mask_BL)
         self._metrics["kl"].append(kl_BL.sum(dim=1).mean().item())
         self._metrics["objective"].append(returns_BL[:, 0].nanmean().item())
         return reinforce_loss(logprobs_BL, advantages_BL)
