@@ -47,6 +47,8 @@ class CLPConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rewards", list(self.rewards))
+        if isinstance(self.target_modules, (tuple, set, frozenset)):  # JSON has lists
+            object.__setattr__(self, "target_modules", sorted(self.target_modules))
         if not self.rewards or any(not isinstance(name, str) or not name for name in self.rewards):
             raise ValueError(f"rewards must be a list of one or more names, got {self.rewards!r}")
         if len(set(self.rewards)) != len(self.rewards) or any("." in name for name in self.rewards):

@@ -119,7 +119,7 @@ class Manifest:
         """The file's text, with a hash of its own content.
 
         Raises:
-            ValueError: a name that could not be read back (unprintable characters).
+            ValueError: a name that could not be read back (control characters).
         """
         record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "config": self.config.to_dict()}
         record["format_version"] = FORMAT_VERSION
@@ -138,7 +138,10 @@ def read_manifest(directory: Path) -> Manifest:
         ValueError: it is damaged, altered, of a later release, or a field is out of range.
     """
     path = directory / CONFIG_FILE
-    record = read_object(path)
+    try:
+        record = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from error
     version = record.get("format_version")
     if type(version) is not int or version < 1:
         raise ValueError(f"{path}: format_version is {shown(version)}, expected 1 to {FORMAT_VERSION}; {REMEDY}")
