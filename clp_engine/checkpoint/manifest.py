@@ -121,8 +121,7 @@ class Manifest:
         Raises:
             ValueError: a name that could not be read back (control characters).
         """
-        record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "config": self.config.to_dict()}
-        record["format_version"] = FORMAT_VERSION
+        record = {"format_version": self.format_version, **dataclasses.asdict(self), "config": self.config.to_dict()}
         text = json.dumps(record | {"manifest_sha256": content_hash(record)}, indent=1) + "\n"
         from_record(record)
         return text
@@ -149,12 +148,12 @@ def read_manifest(directory: Path) -> Manifest:
         raise ValueError(
             f"{path} has format_version {shown(version)}, this release reads 1 to {FORMAT_VERSION}: install a later one"
         )
-    for older in range(version, FORMAT_VERSION):
-        record = _UPGRADES[older](record, directory)
     if version >= 2 and (recorded := record.pop("manifest_sha256", None)) != (found := content_hash(record)):
         raise ValueError(
             f"{path} was altered: its content has the SHA-256 {found}, manifest_sha256 is {shown(recorded)}; {REMEDY}"
         )
+    for older in range(version, FORMAT_VERSION):
+        record = _UPGRADES[older](record, directory)
     try:
         return dataclasses.replace(from_record(record), format_version=version)
     except ValueError as error:
