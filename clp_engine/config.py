@@ -66,6 +66,8 @@ class CLPConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rewards", list(self.rewards))
+        if isinstance(self.target_modules, (tuple, set, frozenset)):  # JSON has lists
+            object.__setattr__(self, "target_modules", sorted(self.target_modules))
         _check_names("rewards", self.rewards)
         self._check_copies()
         self._check_choices()

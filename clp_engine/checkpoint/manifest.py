@@ -119,10 +119,9 @@ class Manifest:
         """The file's text, with a hash of its own content.
 
         Raises:
-            ValueError: a name that could not be read back (unprintable characters).
+            ValueError: a name that could not be read back (control characters).
         """
-        record = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "config": self.config.to_dict()}
-        record["format_version"] = FORMAT_VERSION
+        record = {"format_version": self.format_version, **dataclasses.asdict(self), "config": self.config.to_dict()}
         text = json.dumps(record | {"manifest_sha256": content_hash(record)}, indent=1) + "\n"
         from_record(record)
         return text
@@ -138,7 +137,10 @@ def read_manifest(directory: Path) -> Manifest:
         ValueError: it is damaged, altered, of a later release, or a field is out of range.
     """
     path = directory / CONFIG_FILE
-    record = read_object(path)
+    try:
+        record = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {REMEDY}") from error
     version = record.get("format_version")
     if type(version) is not int or version < 1:
         raise ValueError(f"{path}: format_version is {shown(version)}, expected 1 to {FORMAT_VERSION}; {REMEDY}")
@@ -146,12 +148,12 @@ def read_manifest(directory: Path) -> Manifest:
         raise ValueError(
             f"{path} has format_version {shown(version)}, this release reads 1 to {FORMAT_VERSION}: install a later one"
         )
-    for older in range(version, FORMAT_VERSION):
-        record = _UPGRADES[older](record, directory)
     if version >= 2 and (recorded := record.pop("manifest_sha256", None)) != (found := content_hash(record)):
         raise ValueError(
             f"{path} was altered: its content has the SHA-256 {found}, manifest_sha256 is {shown(recorded)}; {REMEDY}"
         )
+    for older in range(version, FORMAT_VERSION):
+        record = _UPGRADES[older](record, directory)
     try:
         return dataclasses.replace(from_record(record), format_version=version)
     except ValueError as error:

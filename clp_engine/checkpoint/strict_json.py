@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import reprlib
 import types
 import typing
@@ -16,6 +17,7 @@ _SCALARS = (str, int, float, bool, type(None))
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 120
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # the last: halves of pairs, which nothing encodes
 _hints = functools.cache(typing.get_type_hints)
 shown = _short.repr  # a value as an error message shows it, never at its full length
 
@@ -58,7 +60,7 @@ def decode(value: Any, hint: Any, field: str) -> Any:
     """Turn a parsed JSON value into what the type `hint` says: a dataclass, list, dict, union or scalar.
 
     A dataclass must get all the fields that have no default and no others; its own checks run. An int passes for a
-    float. Strings must be printable, since they end up in messages and on terminals.
+    float. Strings must be free of control characters, since they end up in messages and on terminals.
 
     Args:
         value: from `read_object`.
@@ -88,8 +90,8 @@ def decode(value: Any, hint: Any, field: str) -> Any:
         return {
             decode(k, str, f"a key of {field}"): decode(v, entry_hint, f"{field}[{shown(k)}]") for k, v in value.items()
         }
-    if kind is str and not value.isprintable():
-        raise ValueError(f"{field} is {shown(value)}, expected printable characters only")
+    if kind is str and _CONTROLS.search(value):
+        raise ValueError(f"{field} is {shown(value)}, which holds control characters")
     return value
 
 

@@ -145,6 +145,14 @@ def test_shards_and_saving_over_an_older_checkpoint(tiny):
     assert all((folder / name).read_bytes() == content for name, content in others.items())
 
 
+def test_a_gathered_state_dict_is_saved_instead_of_the_models_own(tmp_path):
+    model = tiny_conditioned()
+    state = {name: tensor * 2 if name.endswith("deltas") else tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = copies_of(clp.CLPModel.from_pretrained(tmp_path, base_model=tiny_base()))
+    assert is_equal(loaded, {name: 2 * tensor for name, tensor in copies_of(model).items()})
+
+
 @pytest.mark.parametrize("size", ["five", "5 apples", "-5GB", -1, None, "infGB"])
 def test_a_wrong_shard_size_is_named_before_anything_is_written(tmp_path, size):
     with pytest.raises(ValueError, match="max_shard_size is"):

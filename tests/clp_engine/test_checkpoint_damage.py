@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 from tests_support import tiny_llama
 
 import clp_engine as clp
+from clp_engine.checkpoint import base_fingerprint
 
 MANIFEST = "clp_config.json"
 Damage = Callable[[Path, random.Random], str]  # damages a folder, returns what the message must name
@@ -304,22 +305,26 @@ def test_damage_is_named_and_changes_no_model(damage, sound, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        tiny_llama(seed=5, hidden_size=16, intermediate_size=16, num_hidden_layers=1),
-        tiny_llama(hidden_size=16, intermediate_size=16, num_hidden_layers=2),
-        tiny_llama(hidden_size=32, intermediate_size=16, num_hidden_layers=1),
-        tiny_llama(hidden_size=16, intermediate_size=16, num_hidden_layers=1, vocab_size=64),
-        tiny_base().half(),
-    ],
-    ids=["seed", "depth", "width", "vocabulary", "float16"],
-)
-def test_another_base_is_named_with_both_fingerprints(other, sound):
+OTHER_BASES = {
+    "seed": {"seed": 5},
+    "depth": {"num_hidden_layers": 2},
+    "width": {"hidden_size": 32},
+    "vocabulary": {"vocab_size": 64},
+    "float16": {},
+}
+
+
+@pytest.mark.parametrize("change", OTHER_BASES)
+def test_another_base_is_named_with_both_fingerprints(change, sound):
     folder, _ = sound
+    tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    other = tiny_llama(**{**tiny, **OTHER_BASES[change]})
+    if change == "float16":
+        other.half()
     recorded = json.loads((folder / MANIFEST).read_text())["base_fingerprint"]
     with pytest.raises(ValueError, match="trained on another base model") as caught:
         clp.CLPModel.from_pretrained(folder, base_model=other)
-    assert recorded[:19] in str(caught.value)
-    assert clp.checkpoint.base_fingerprint(other)[:19] in str(caught.value)
+    assert f"{recorded[:19]} in float32" in str(caught.value)
+    found = f"{base_fingerprint(other)[:19]} in {'float16' if change == 'float16' else 'float32'}"
+    assert found in str(caught.value)
     assert not isinstance(other, clp.CLPModel)

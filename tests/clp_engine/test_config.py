@@ -10,6 +10,7 @@ def test_round_trip_and_defaults():
     config = CLPConfig(rewards=("a", "b"), default_reward_weights={"b": 1.0, "a": 0.0})
     assert config.variant == "attn"
     assert CLPConfig.from_dict(config.to_dict()) == config
+    assert CLPConfig(rewards=["a"], target_modules={"v_proj", "q_proj"}).target_modules == ["q_proj", "v_proj"]
     assert torch.equal(config.default_weights(2), torch.tensor([[0.0, 1.0]] * 2))
     assert torch.equal(CLPConfig(rewards=["a", "b"]).default_weights(1), torch.tensor([[0.5, 0.5]]))
 
