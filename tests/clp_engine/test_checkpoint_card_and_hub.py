@@ -132,6 +132,7 @@ def test_a_hub_id_is_downloaded_and_the_bases_arguments_reach_the_base(model, tm
         return tiny_base()
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: tiny_base().config)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     loaded = clp.CLPModel.from_pretrained("owner/steerable", revision="v1", token="secret", dtype="float32")
     assert is_equal(copies_of(loaded), copies_of(model))
