@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -89,13 +90,11 @@ def read_adapter(place: str | Path) -> Adapter:
         ValueError: tensors and config do not agree.
     """
     folder = _folder(place)
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG_FILE} holds a {type(config).__name__}, expected an object")
+    config, tensors = _read_files(folder)
     _check_plain_lora(config, folder)
     factors: dict[str, dict[str, torch.Tensor]] = {}
     base_weights = {}
-    for key, tensor in load_file(folder / WEIGHTS_FILE).items():
+    for key, tensor in tensors.items():
         if (match := _KEY.fullmatch(key)) is None:
             raise NotImplementedError(
                 f"{folder / WEIGHTS_FILE} holds {key} {list(tensor.shape)}: only lora_A and lora_B of linear layers "
@@ -171,6 +170,17 @@ def _folder(place: str | Path) -> Path:
     return folder
 
 
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder} holds no adapter that can be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG_FILE} holds a {type(config).__name__}, expected an object")
+    return config, tensors
+
+
 def _check_plain_lora(config: dict[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
@@ -189,8 +199,10 @@ def _check_plain_lora(config: dict[str, Any], folder: Path) -> None:
 def _module(path: str, pair: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> ModuleAdapter:
     if missing := {"lora_A", "lora_B"} - set(pair):
         raise ValueError(f"{folder / WEIGHTS_FILE} lacks {missing.pop()} of {path}")
-    rank = _by_pattern(config.get("rank_pattern"), path, config["r"])
-    alpha = _by_pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+    rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
+    alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise ValueError(f"{folder / CONFIG_FILE} gives {path} r={rank!r} and lora_alpha={alpha!r}, expected numbers")
     a_rD, b_Nr = pair["lora_A"], pair["lora_B"]
     if a_rD.dim() != 2 or b_Nr.dim() != 2 or not a_rD.shape[0] == b_Nr.shape[1] == rank:
         raise ValueError(
@@ -202,4 +214,7 @@ def _module(path: str, pair: dict[str, torch.Tensor], config: dict[str, Any], fo
 
 def _by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """PEFT's choice: the first key that matches the whole path or what follows one of its dots."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    try:
+        return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    except re.error as error:
+        raise ValueError(f"{CONFIG_FILE} has a pattern that is no regular expression: {error}") from error

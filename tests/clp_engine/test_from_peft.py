@@ -173,6 +173,26 @@ def test_tensors_that_do_not_fit_are_named(plain, adapter, change, error, words)
     assert not hasattr(plain, "clp_config")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (WEIGHTS_FILE, b"not safetensors", "no adapter that can be read"),
+        (CONFIG_FILE, b"{", "no adapter that can be read"),
+        (CONFIG_FILE, b"[]", "holds a list"),
+        (CONFIG_FILE, b'{"peft_type": "LORA"}', "r=None and lora_alpha=None"),
+        (
+            CONFIG_FILE,
+            b'{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "rank_pattern": {"(": 3}}',
+            "no regular expression",
+        ),
+    ],
+)
+def test_damaged_files_are_named(plain, adapter, name, content, words):
+    (adapter / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        clp.CLPModel.from_peft(plain, {"long": adapter})
+
+
 def test_missing_places_are_named(plain, adapter, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no adapter at .*nowhere"):
         clp.CLPModel.from_peft(plain, {"long": tmp_path / "nowhere"})
