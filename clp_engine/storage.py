@@ -129,6 +129,51 @@ class StoredModel:
 
         return checkpoint.load(path, base_model, is_trainable, revision, **kwargs)
 
+    @classmethod
+    def from_peft(cls, base: Any, adapters: Mapping[str, str | Path], **kwargs: Any) -> Any:
+        """A conditioned model whose copies are PEFT LoRA adapters of one base: Rewarded Soups without training.
+
+        Equivalent to PEFT's `add_weighted_adapter(..., combination_type="cat")` with each sequence's own weights, the
+        exact sum of the adapters' deltas. Ranks, scalings and target modules may differ between adapters and within
+        one. peft itself is not needed.
+
+        Args:
+            base: the plain model, conditioned in place, or its path or hub id.
+            adapters: reward -> folder or hub id of its adapter; their order is the order of the weights.
+            **kwargs: handed to the base's from_pretrained.
+
+        Raises:
+            FileNotFoundError: no base or no adapter there.
+            NotImplementedError: more than plain LoRA on linear layers; the message names the field or tensor.
+            ValueError: an adapter of another model, or one whose tensors and config do not agree.
+        """
+        from clp_engine import adapters as peft_adapters
+
+        return peft_adapters.from_peft(base, adapters, **kwargs)
+
+    @classmethod
+    def from_finetuned(cls, base: Any, finetuned: Mapping[str, Any], **kwargs: Any) -> Any:
+        """A conditioned model whose copies are full fine-tunes of one base: Rewarded Soups without training.
+
+        `Delta_k = finetuned_k - base` in float32 for the parameters that differ; where a linear layer's bias does, all
+        parameters get copies (`variant="full"`). Differences of 16-bit values are exact in float32 (unless a factor of
+        2**12 lies between the two); `collapse` rounds to the base's dtype, so a one-hot weighting gives a fine-tune of
+        that dtype back, and a mix loses what is smaller than its last bit.
+
+        Args:
+            base: the plain model, conditioned in place, or its path or hub id.
+            finetuned: reward -> a model, path or hub id; their order is the order of the weights.
+            **kwargs: handed to the base's from_pretrained.
+
+        Raises:
+            FileNotFoundError: no base or no fine-tune there.
+            NotImplementedError: a difference in what carries no copies (buffers, fused experts, quantised weights).
+            ValueError: a parameter that is missing, extra or of another shape, or a fine-tune that equals the base.
+        """
+        from clp_engine import finetuned as soups
+
+        return soups.from_finetuned(base, finetuned, **kwargs)
+
     def collapse(self, reward_weights: RewardWeights | None = None, kl_weight: float | None = None) -> Any:
         """A new, ordinary model that equals this one at one weighting; this one stays as it is.
 

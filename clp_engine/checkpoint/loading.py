@@ -20,6 +20,7 @@ from clp_engine.checkpoint.saving import check_finite
 from clp_engine.checkpoint.strict_json import shown
 from clp_engine.layers import conditioned_layers, named_copies
 from clp_engine.model import get_clp_model
+from clp_engine.pretrained import load_by_name
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -98,7 +99,7 @@ def load_copies(model: Any, directory: Path) -> None:
 
 
 def _load_base(base: Any, manifest: Manifest, directory: Path, **kwargs: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+    from transformers import PreTrainedModel
 
     if base is None:
         base = manifest.base_model_name_or_path
@@ -113,9 +114,7 @@ def _load_base(base: Any, manifest: Manifest, directory: Path, **kwargs: Any) ->
         raise TypeError(f"base_model is a {type(base).__name__}, expected a transformers model, a path or a hub id")
     message = f"the base model {str(base)!r} of {directory} cannot be loaded"
     try:
-        is_encoder_decoder = AutoConfig.from_pretrained(base, **kwargs).is_encoder_decoder
-        auto = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-        return auto.from_pretrained(base, **kwargs)
+        return load_by_name(base, **kwargs)
     except OSError as error:
         raise FileNotFoundError(f"{message} ({error}); pass base_model= with its place") from error
     except ValueError as error:

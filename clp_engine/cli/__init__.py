@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ COMMANDS = {
     "sweep": "evaluate a steerable model over a grid of weightings; writes front.json and front.png",
     "generate": "complete prompts under one weighting or several",
     "inspect": "verify a steerable model's folder and list what it holds",
+    "collapse": "write the ordinary model of one weighting",
+    "export": "write a steerable model as an ordinary model or as PEFT adapters",
+    "import": "make a steerable model of PEFT adapters or fine-tunes of one base, without training",
     "env": "print versions, processor, devices and kernel back-ends",
 }
 
@@ -30,6 +34,7 @@ examples:
   clp generate runs/mine --prompt "some text" --weights closeness=.7 brevity=.3
   clp sweep runs/mine --dataset_name docstrings --reward_funcs closeness brevity \\
       --output_dir runs/mine/sweep
+  clp collapse runs/mine --weights closeness=.7 brevity=.3 --output_dir runs/plain
 
 `clp COMMAND --help` explains a command. CLP_TRACEBACK=1 shows where an error came from."""
 
@@ -58,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(f"unknown command {command!r}; commands are {', '.join(COMMANDS)}")
     try:
         # A command's libraries are imported with it: `clp --help` must not wait for torch.
-        importlib.import_module(f"clp_engine.cli.{command}").run(rest)
+        module = f"{command}_" if keyword.iskeyword(command) else command
+        importlib.import_module(f"clp_engine.cli.{module}").run(rest)
     except (ValueError, ImportError, OSError, NotImplementedError) as error:
         if os.environ.get("CLP_TRACEBACK") == "1":
             raise

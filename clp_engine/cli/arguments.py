@@ -49,6 +49,18 @@ def add_config_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_weighting_flags(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add `--weights` and `--kl_weight`, one weighting; `default` says what none means."""
+    group = parser.add_argument_group("weighting")
+    group.add_argument(
+        "--weights",
+        type=weighting,
+        metavar="NAME=NUMBER ...",
+        help=f"as in --weights rouge=.7 brevity=.3 (default: {default})",
+    )
+    group.add_argument("--kl_weight", type=float, help="KL weight alpha; 1 is the reference model")
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse `argv`, with the flags of `--config`'s YAML file behind those that it does not give.
 
@@ -107,6 +119,18 @@ def weighting(text: str) -> dict[str, float]:
     if not weights:
         raise argparse.ArgumentTypeError("no weights given, expected name=number for each reward")
     return weights
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """Turn "helpful=adapters/one" into ("helpful", "adapters/one").
+
+    Raises:
+        argparse.ArgumentTypeError: another form.
+    """
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form reward=path, as in helpful=runs/helpful")
+    return name, path
 
 
 def names(text: str) -> list[str]:
@@ -186,6 +210,8 @@ def _tokens(action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, Mapping):
         if action.type is weighting:
             return [f"{flag}={','.join(f'{name}={number}' for name, number in value.items())}"]
+        if action.type is named_path:
+            return [flag, *(f"{name}={path}" for name, path in value.items())]
         return [f"{flag}={json.dumps(value)}"]
     if isinstance(value, Sequence) and not isinstance(value, str):
         if action.type is names:

@@ -12,6 +12,20 @@ EMBEDDED_MODEL = "smollm2"
 EMBEDDED_DATASET = "docstrings"
 
 
+def find_base_model(name_or_path: str, flag: str) -> str:
+    """The hub id or folder of a base model, where "smollm2" is the embedded one.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+    """
+    if name_or_path == EMBEDDED_MODEL and not Path(name_or_path).exists():
+        from clp_engine.data.smollm2 import ensure_smollm2
+
+        name_or_path = str(ensure_smollm2())
+    check_path(name_or_path, flag)
+    return name_or_path
+
+
 def load_base_model(name_or_path: str, dtype: str | None = None) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
@@ -22,15 +36,23 @@ def load_base_model(name_or_path: str, dtype: str | None = None) -> tuple[Any, A
     Raises:
         FileNotFoundError: a path that does not exist.
     """
-    if name_or_path == EMBEDDED_MODEL and not Path(name_or_path).exists():
-        from clp_engine.data.smollm2 import ensure_smollm2
-
-        name_or_path = str(ensure_smollm2())
-    check_path(name_or_path, "--model_name_or_path")
+    name_or_path = find_base_model(name_or_path, "--model_name_or_path")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype or "auto"), tokenizer
+
+
+def load_model(path: str) -> Any:
+    """Load a conditioned model by itself.
+
+    Raises:
+        FileNotFoundError: `path` is missing or holds no conditioned model.
+    """
+    check_path(path, "the model")
+    from clp_engine.model import CLPModel
+
+    return CLPModel.from_pretrained(path)
 
 
 def load_conditioned_model(path: str, backend: str) -> tuple[Any, Any]:
@@ -40,12 +62,9 @@ def load_conditioned_model(path: str, backend: str) -> tuple[Any, Any]:
         FileNotFoundError: `path` is missing or holds no conditioned model.
         ValueError: the back-end is missing here.
     """
-    check_path(path, "the model")
     from transformers import AutoTokenizer
 
-    from clp_engine.model import CLPModel
-
-    model = CLPModel.from_pretrained(path)
+    model = load_model(path)
     try:
         model.set_kernel_backend(backend)
     except RuntimeError as error:
@@ -72,6 +91,34 @@ def load_reward_funcs(specs: Sequence[str]) -> dict[str, Callable[..., Any]]:
             raise ValueError(f"--reward_funcs: two rewards have the name {name!r}; names tell the weights apart")
         functions[name] = function
     return functions
+
+
+def save_tokenizer(output_dir: str, *places: str) -> None:
+    """Write the tokenizer of the first of `places`, folders or hub ids, that has one; say so where none has."""
+    from transformers import AutoTokenizer
+
+    for place in filter(None, places):
+        folder = Path(place)
+        if folder.is_dir() and not [*folder.glob("tokenizer*"), *folder.glob("vocab*")]:
+            continue
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place)
+        except (OSError, ValueError):
+            continue  # no such hub repository, or one without a tokenizer
+        tokenizer.save_pretrained(output_dir)
+        return
+    print(f"no tokenizer found in {' or '.join(filter(None, places))}: none written")
+
+
+def check_new_folder(output_dir: str) -> None:
+    """Refuse an output folder that holds anything.
+
+    Raises:
+        FileExistsError: with the remedy.
+    """
+    folder = Path(output_dir)
+    if folder.is_dir() and (held := sorted(folder.iterdir())):
+        raise FileExistsError(f"--output_dir {folder} holds {held[0].name}: choose another folder, or remove it")
 
 
 def check_path(name_or_path: str, what: str) -> None:
