@@ -69,12 +69,7 @@ def test_adapters_of_every_copy_and_of_one_weighting(saved_base, saved_model, pl
 
 @pytest.mark.parametrize(
     "kind",
-    [
-        pytest.param(
-            "peft", marks=pytest.mark.xfail(reason="checkpoints hold full deltas only", raises=AttributeError)
-        ),
-        "finetuned",
-    ],
+    ["peft", "finetuned"],
 )
 def test_checkpoints_become_a_steerable_model(saved_base, tmp_path, monkeypatch, kind, plain, capsys):
     monkeypatch.chdir(tmp_path)
