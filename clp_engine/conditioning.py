@@ -71,9 +71,14 @@ class Conditioning:
         if self.coefficients_SK.device == device and self.rows_B.device == device:
             return self
         if device not in self._moved:
-            tensors = {name: getattr(self, name) for name in ("coefficients_SK", "rows_B", "kept_rows_1L")}
-            moved = {name: None if t is None else t.to(device, non_blocking=True) for name, t in tensors.items()}
-            self._moved[device] = replace(self, **moved, _row_maps={}, _moved={})
+            self._moved[device] = replace(
+                self,
+                coefficients_SK=self.coefficients_SK.to(device, non_blocking=True),
+                rows_B=self.rows_B.to(device, non_blocking=True),
+                kept_rows_1L=self.kept_rows_1L if self.kept_rows_1L is None else self.kept_rows_1L.to(device),
+                _row_maps={},
+                _moved={},
+            )
         return self._moved[device]
 
     def row_map(self, shape: torch.Size) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clp_engine import packing, weighting
-from clp_engine.conditioning import ActiveConditioning, Conditioning, ConditionedCheckpoint
+from clp_engine.conditioning import ActiveConditioning, ConditionedCheckpoint, Conditioning
 from clp_engine.config import CLPConfig
 from clp_engine.generation import WeightedGeneration, cache_of, check_cache, tag_cache
 from clp_engine.layers import CLPLinear, conditioned_layers, find_targets
@@ -68,13 +68,15 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     conditioned.__class__ = _conditioned_class(plain_class)
     conditioned.clp_config, conditioned._active = config, active
     conditioned._kernel_backend, conditioned._said_default, conditioned._isolates = "auto", False, {}
-    if "_old_forward" in vars(model):  # what accelerate's hooks run, for a device_map over several devices
+    if "_old_forward" in vars(model):  # accelerate's hook runs it in the forward's place, under its signature
         conditioned._old_forward = type(conditioned).forward.__get__(conditioned)
+        functools.update_wrapper(conditioned.forward, conditioned._old_forward)
     return conditioned
 
 
 def _check_not_offloaded(module: torch.nn.Module, name: str) -> None:
-    if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters()):
+    hook: Any = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))):
         raise NotImplementedError(
             f"{name} is offloaded: its weights come to the device for each forward only; choose a device_map that "
             "leaves conditioned layers on a device"
@@ -108,7 +110,7 @@ def _reduce_class(cls: type) -> Any:
     return (_conditioned_class, (base,)) if base is not None else cls.__qualname__
 
 
-copyreg.pickle(_ConditionedType, _reduce_class)  # type: ignore[arg-type]
+copyreg.pickle(_ConditionedType, _reduce_class)
 
 
 class CLPModel(WeightedGeneration):
@@ -141,18 +143,20 @@ class CLPModel(WeightedGeneration):
             kl_weight: alpha in [min_kl_weight, 1], a float or [B]; 1.0 is the reference model, None the trained policy.
             coefficients: [B, K] float32 instead of the two above, lambda(alpha) * w, taken as they are (generate
                 passes them; values off the simplex are task arithmetic).
-            **kwargs: the plain model's own arguments.
+            **kwargs: the plain model's own arguments. A packed row [1, T] whose position_ids restart at each of S
+                sequences takes one weighting for all or S of them.
 
         Returns:
             The plain model's output.
 
         Raises:
             ValueError: a weighting of a wrong name, length or value, or a KV cache that was filled under another one.
+            NotImplementedError: packed sequences of several weightings that would see each other in this model.
         """
-        if coefficients is not None and (reward_weights is not None or kl_weight is not None):
-            raise ValueError("coefficients already hold the weighting: give them, or reward_weights and kl_weight")
+        weighting.check_given_once(coefficients, reward_weights, kl_weight)
+        sequence_1T: torch.Tensor | None
         if packing.is_paged(kwargs):
-            coefficients, sequence_1T = packing.paged_rows(kwargs, self.clp_config.num_copies)
+            coefficients, sequence_1T = packing.paged_rows(kwargs, self.num_coefficients)
         else:
             given = weighting.num_rows(reward_weights, kl_weight) if coefficients is None else len(coefficients)
             sequence_1T = self._packed_sequences(args, kwargs, given)
@@ -177,7 +181,7 @@ class CLPModel(WeightedGeneration):
             return None
         sequence_1T = packing.packed_sequences(kwargs, num_weightings)
         if sequence_1T is not None:
-            with self._active.use(self._record(torch.zeros(1, self.clp_config.num_copies))):
+            with self._active.use(self._record(torch.zeros(1, self.num_coefficients))):
                 packing.check_packed(self, super().forward, kwargs)  # type: ignore[misc]
         return sequence_1T
 
@@ -185,6 +189,11 @@ class CLPModel(WeightedGeneration):
         accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
         record = Conditioning.from_rows(coefficients_BK.to(accumulator), self._kernel_backend)
         return record.to(self.device)  # type: ignore[attr-defined]
+
+    @property
+    def num_coefficients(self) -> int:
+        """Columns of `coefficients`."""
+        return self.clp_config.num_copies
 
     def coefficients(
         self, batch_size: int, reward_weights: RewardWeights | None = None, kl_weight: KLWeight | None = None
@@ -197,7 +206,7 @@ class CLPModel(WeightedGeneration):
         config = self.clp_config
         if reward_weights is None:
             w_BK = config.default_weights(batch_size)
-            if kl_weight is None and not self._said_default:
+            if kl_weight is None and not torch.compiler.is_compiling() and not self._said_default:
                 self._said_default = True
                 named = dict(zip(config.rewards, w_BK[0].tolist(), strict=True)) if batch_size else {}
                 logger.warning("no reward_weights given: using the default %s", named)

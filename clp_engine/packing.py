@@ -48,7 +48,9 @@ def packed_sequences(kwargs: dict[str, Any], num_weightings: int) -> torch.Tenso
     if torch.compiler.is_compiling():  # a compiled graph cannot branch on values
         if num_weightings == 1:
             return None
-        torch._assert_async(sequence_1T[0, -1] + 1 == num_weightings, "packed sequences and weightings differ in number")
+        torch._assert_async(
+            sequence_1T[0, -1] + 1 == num_weightings, "packed sequences and weightings differ in number"
+        )
         return sequence_1T
     found = int(sequence_1T[0, -1]) + 1
     if found > 1 and found != num_weightings:
