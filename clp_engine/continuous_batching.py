@@ -16,6 +16,8 @@ import torch
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 
+from clp_engine.weighting import check_given_once
+
 
 class WeightedPrompt(list[int]):
     """A request's token ids and its coefficients."""
@@ -70,17 +72,21 @@ class CoefficientArguments(ContinuousBatchingLogitsProcessorList):
     def __init__(self, processors: ContinuousBatchingLogitsProcessorList, model: Any) -> None:
         vars(self).update(vars(processors))
         self.model = model
-        self.width = model.coefficients(1, model.clp_config.default_weights(1)).shape[1]
+        self.width = model.clp_config.num_coefficients
         self.tensors_required += self.width
 
     def check_kwargs(self, kwargs: dict[str, Any]) -> None:
         """Replace a request's weighting by its coefficients, a list of C numbers; runs once for each request."""
-        coefficients = kwargs.pop("coefficients", None)
-        weighting = kwargs.pop("reward_weights", None), kwargs.pop("kl_weight", None)
+        coefficients, *weighting = (kwargs.pop(name, None) for name in ("coefficients", "reward_weights", "kl_weight"))
         super().check_kwargs(kwargs)
-        kwargs["coefficients"] = (
-            self.model.coefficients(1, *weighting)[0].tolist() if coefficients is None else coefficients
-        )
+        check_given_once(coefficients, *weighting)
+        if coefficients is None:
+            coefficients = self.model.coefficients(1, *weighting)[0].tolist()
+        if len(coefficients) != self.width:
+            raise ValueError(
+                f"coefficients has {len(coefficients)} entries, the model takes {self.width} for a request"
+            )
+        kwargs["coefficients"] = coefficients
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         """Fill the arguments of places without a request: the reference policy's zeros."""

@@ -13,7 +13,7 @@ import torch
 from clp_engine.conditioning import ActiveConditioning, Conditioning
 from clp_engine.config import CLPConfig
 from clp_engine.packing import batch_size
-from clp_engine.weighting import KLWeight, RewardWeights
+from clp_engine.weighting import KLWeight, RewardWeights, check_given_once
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -54,6 +54,7 @@ class WeightedGeneration:
         config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config  # type: ignore[attr-defined]
         if (kwargs.get("guidance_scale") or getattr(config, "guidance_scale", None) or 1) != 1:
             raise NotImplementedError("guidance_scale is not built: give the weighting itself, or guidance_scale=None")
+        check_given_once(kwargs.get("coefficients"), reward_weights, kl_weight)
         if kwargs.get("coefficients") is None:
             prompts = (inputs,) if inputs is not None else ()
             rows = self.coefficients(batch_size(prompts, kwargs), reward_weights, kl_weight)
@@ -65,7 +66,9 @@ class WeightedGeneration:
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Run the encoder, which generate calls by itself before it repeats rows for beams, under the prompts' rows."""
-        rows = model_kwargs["coefficients"]
+        rows = model_kwargs.get("coefficients")
+        if rows is None:  # a plain model's assistant
+            rows = self.coefficients(len(inputs_tensor))
         arguments = {name: value for name, value in model_kwargs.items() if name != "coefficients"}
         with self._active.use(self._record(rows)):
             prepared = super()._maybe_prepare_encoder_kwargs_for_generation(  # type: ignore[misc]
@@ -114,6 +117,7 @@ class WeightedGeneration:
         """
         from clp_engine.continuous_batching import WeightedPrompt
 
+        check_given_once(coefficients, reward_weights, kl_weight)
         if coefficients is None:
             coefficients = self.coefficients(len(inputs), reward_weights, kl_weight)
         prompts = [WeightedPrompt(ids, row) for ids, row in zip(inputs, coefficients.tolist(), strict=True)]

@@ -62,8 +62,9 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     conditioned.__class__ = _conditioned_class(plain_class)
     conditioned.clp_config, conditioned._active = config, active
     conditioned._kernel_backend, conditioned._said_default, conditioned._isolates = "auto", False, {}
-    if "_old_forward" in vars(model):  # what accelerate's hooks run, for a device_map over several devices
+    if "_old_forward" in vars(model):  # accelerate's hook runs it in the forward's place, under its signature
         conditioned._old_forward = type(conditioned).forward.__get__(conditioned)
+        functools.update_wrapper(conditioned.forward, conditioned._old_forward)
     return conditioned
 
 
@@ -127,16 +128,17 @@ class CLPModel(WeightedGeneration, StoredModel):
             kl_weight: alpha in [min_kl_weight, 1], a float or [B]; 1.0 is the reference model, None the trained policy.
             coefficients: [B, K] float32 instead of the two above, lambda(alpha) * w, taken as they are (generate
                 passes them; values off the simplex are task arithmetic).
-            **kwargs: the plain model's own arguments.
+            **kwargs: the plain model's own arguments. A packed row [1, T] whose position_ids restart at each of S
+                sequences takes one weighting for all or S of them.
 
         Returns:
             The plain model's output.
 
         Raises:
             ValueError: a weighting of a wrong name, length or value, or a KV cache that was filled under another one.
+            NotImplementedError: packed sequences of several weightings that would see each other in this model.
         """
-        if coefficients is not None and (reward_weights is not None or kl_weight is not None):
-            raise ValueError("coefficients already hold the weighting: give them, or reward_weights and kl_weight")
+        weighting.check_given_once(coefficients, reward_weights, kl_weight)
         sequence_1T: torch.Tensor | None
         if packing.is_paged(kwargs):
             coefficients, sequence_1T = packing.paged_rows(kwargs, self.clp_config.num_coefficients)
@@ -199,7 +201,7 @@ class CLPModel(WeightedGeneration, StoredModel):
             )
         if reward_weights is None:
             w_BR = config.default_weights(batch_size)
-            if kl_weight is None and not self._said_default:
+            if kl_weight is None and not torch.compiler.is_compiling() and not self._said_default:
                 self._said_default = True
                 named = dict(zip(config.rewards, w_BR[0].tolist(), strict=True)) if batch_size else {}
                 logger.warning("no reward_weights given: using the default %s", named)

@@ -128,7 +128,8 @@ def _check_delta(path: str, module: nn.Module) -> None:
 
 
 def _check_not_offloaded(module: nn.Module, name: str) -> None:
-    if hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in module.parameters()):
+    hook: Any = getattr(module, "_hf_hook", None)
+    if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))):
         raise NotImplementedError(
             f"{name} is offloaded: its weights come to the device for each forward only; choose a device_map that "
             "leaves conditioned layers on a device"

@@ -89,6 +89,18 @@ def _named_row(row: Mapping[str, float], rewards: Sequence[str], field: str) -> 
     return [float(row[name]) for name in rewards]
 
 
+def check_given_once(
+    coefficients: torch.Tensor | None, reward_weights: RewardWeights | None, kl_weight: KLWeight | None
+) -> None:
+    """Refuse coefficients beside the weighting that they hold already.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if coefficients is not None and (reward_weights is not None or kl_weight is not None):
+        raise ValueError("coefficients already hold the weighting: give them, or reward_weights and kl_weight")
+
+
 def num_rows(reward_weights: RewardWeights | None, kl_weight: KLWeight | None) -> int | None:
     """How many rows a weighting is given for (a list of dicts, [B, K], a KL weight [B]); None where once for all."""
     if reward_weights is not None and not isinstance(reward_weights, Mapping):

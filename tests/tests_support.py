@@ -28,12 +28,12 @@ def tiny_llama(seed: int = 0, **overrides):
     return LlamaForCausalLM(LlamaConfig(**{**fields, **overrides})).eval()
 
 
-def tiny_t5(seed: int = 0):
+def tiny_t5(seed: int = 0, num_layers: int = 2):
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(seed)
-    config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, initializer_factor=2.0,
-        dropout_rate=0.0, decoder_start_token_id=0)  # fmt: skip
+    config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=48, num_layers=num_layers, num_heads=4,
+        initializer_factor=2.0, dropout_rate=0.0, decoder_start_token_id=0)  # fmt: skip
     return T5ForConditionalGeneration(config).eval()
 
 

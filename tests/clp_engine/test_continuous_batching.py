@@ -163,13 +163,15 @@ def test_a_manager_takes_a_weighting_with_each_request(model):
         wanted = {manager.add_request(PROMPTS[0], **weighting): model.coefficients(1, **weighting)}
         wanted[manager.add_request(PROMPTS[0])] = model.coefficients(1)
         wrong = manager.add_request(PROMPTS[0], reward_weights={"short": 1.0})
+        longer = manager.add_request(PROMPTS[0], coefficients=[0.0] * 3)
         results = {}
-        while len(results) < 3:
+        while len(results) < 4:
             result = manager.get_result(timeout=60)
             results[result.request_id] = result
     for name, c in wanted.items():
         assert results[name].generated_tokens == alone(model, PROMPTS[0], None, coefficients=c)
     assert "missing: ['long']" in results[wrong].error
+    assert "coefficients has 3 entries, the model takes 2" in results[longer].error
 
 
 def test_a_manager_of_another_make_knows_no_weightings(model, caplog):

@@ -1,4 +1,4 @@
-"""Encoder-decoders: the encoder's rows are the batch's, the decoder's those of its beams, under their weightings."""
+"""Encoder-decoders: encoder rows are the batch's, decoder rows those of its beams, all under their weightings."""
 
 from __future__ import annotations
 

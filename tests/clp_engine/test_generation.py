@@ -135,6 +135,14 @@ def test_kl_weights_of_each_row(model, batch):
         assert torch.equal(together[i : i + 1, : wanted.shape[1]], wanted)
 
 
+def test_coefficients_beside_a_weighting_are_refused(model, batch):
+    for call in (model.forward, model.generate):
+        with pytest.raises(ValueError, match="coefficients already hold the weighting"):
+            call(**batch, coefficients=W, kl_weight=0.5)
+    with pytest.raises(ValueError, match="coefficients already hold the weighting"):
+        model.generate_batch([[5]], coefficients=W[:1], reward_weights=W[0])
+
+
 class Listening(transformers.TextStreamer):
     """Keeps what it is given to print."""
 
