@@ -63,7 +63,8 @@ def export_peft(
 
     LoRA copies are written as they are. SVD and bilinear copies become the adapter of their one-hot weighting. A full
     delta is an exact adapter of rank min(N, D): the delta and an identity. One weighting's adapter is the copies'
-    "cat" combination, scaled by the coefficients, and exact too.
+    "cat" combination, scaled by the coefficients, and exact too. An adapter of a tied head is for use beside the base
+    only: PEFT would merge it into the embedding as well (logged).
 
     Args:
         model: a conditioned model.
@@ -87,6 +88,8 @@ def export_peft(
     layers = {path: layer for path, layer in conditioned_layers(model).items() if layer.added}
     for path, layer in layers.items():
         _check_expressible(path, layer)
+        if getattr(layer, "weight", None) is getattr(model.get_input_embeddings(), "weight", layer):
+            logger.warning("%s is tied: PEFT's merge_and_unload would change the embedding too, collapse instead", path)
     task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     transposed = any(is_transposed(layer) for layer in layers.values())
     folders = []
@@ -163,8 +166,7 @@ def _module_adapter(layer: Any, copy_name: str, c_C: torch.Tensor, num_copies: i
     """What the layer adds to its base under c_C, as one adapter; the LoRA copy of that name as it is."""
     c_K, lambda_1 = c_C[:num_copies], c_C[num_copies:]
     if isinstance(layer, DeltaLinear):
-        mixed = (lambda_1 if layer.clp.shared else c_K).to(layer.deltas)
-        return _full_rank(torch.einsum("k,nkd->nd", mixed, layer.deltas))
+        return _full_rank(torch.einsum("k,nkd->nd", c_K.to(layer.deltas), layer.deltas))
     if isinstance(layer, LoRALinear) and copy_name:
         views, k = layer.copies(), layer.clp.copy_names.index(copy_name)
         return ModuleAdapter(views[f"lora_A.{copy_name}"], views[f"lora_B.{copy_name}"], layer.scalings[k])

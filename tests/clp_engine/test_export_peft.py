@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft_support import ARCHITECTURES, TARGETS, inputs, load_adapters, tiny
 from safetensors.torch import load_file
-from tests_support import randomise_deltas
+from tests_support import randomise_deltas, tiny_llama
 
 import clp_engine as clp
 from clp_engine.adapters import export_peft
@@ -110,6 +110,21 @@ def test_layers_of_other_sizes_get_patterns_that_match_them_alone(plain, tmp_pat
         ranks[match] = rank
     assert set(config["rank_pattern"]) == set(config["alpha_pattern"])
     assert ranks == {path: 16 if "k_proj" in path else 32 for path in ranks}
+
+
+def test_an_adapter_of_a_tied_head_is_not_to_be_merged(plain, tmp_path, caplog):
+    model, batch = condition(plain, variant="logit"), inputs(plain, rows=2)
+    with caplog.at_level(logging.WARNING):
+        (folder,) = export_peft(model, tmp_path, WEIGHTS)
+    assert "lm_head is tied: PEFT's merge_and_unload would change the embedding too" in caplog.text
+    adapted = load_adapters(plain, {"default": folder})
+    with torch.no_grad():
+        expected = model(**batch, reward_weights=WEIGHTS).logits
+        assert torch.allclose(adapted(**batch).logits, expected, rtol=0, atol=2e-5)
+        assert (adapted.merge_and_unload()(**batch).logits - expected).abs().max() > 1
+    caplog.clear()
+    export_peft(condition(tiny_llama(tie_word_embeddings=False), variant="logit"), tmp_path / "untied", WEIGHTS)
+    assert "tied" not in caplog.text
 
 
 def test_the_reference_policy_is_an_adapter_that_does_nothing(plain, tmp_path):
