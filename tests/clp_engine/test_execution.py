@@ -128,7 +128,7 @@ def test_derived_classes_and_torch_save(model, monkeypatch):
     loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
     assert type(loaded) is type(model)
     assert loaded._active is not model._active
-    assert {layer.active for layer in conditioned_layers(loaded).values()} == {loaded._active}
+    assert {layer.clp.active for layer in conditioned_layers(loaded).values()} == {loaded._active}
     assert torch.equal(loaded(input_ids=IDS, reward_weights=W).logits, model(input_ids=IDS, reward_weights=W).logits)
 
 
