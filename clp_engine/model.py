@@ -57,11 +57,12 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     if getattr(model, "is_quantized", False):
         raise NotImplementedError(f"{type(model).__name__} is quantised: full deltas need floating-point weights")
     targets = find_targets(model, config)
+    for name in targets:
+        _check_not_offloaded(model.get_submodule(name), name)
     model.requires_grad_(False)
     active = ActiveConditioning()
     for name in targets:
         linear = model.get_submodule(name)
-        _check_not_offloaded(linear, name)
         model.set_submodule(name, CLPLinear.from_linear(linear, config.num_copies, active, name))  # type: ignore[arg-type]
     conditioned: Any = model
     plain_class: Any = type(model)
@@ -126,6 +127,7 @@ class CLPModel(WeightedGeneration):
     _active: ActiveConditioning
     _kernel_backend: str
     _said_default: bool
+    _isolates: dict[str, bool]
 
     def forward(
         self,
