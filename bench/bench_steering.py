@@ -87,9 +87,8 @@ def _format(name: str, info: dict[str, Any]) -> list[str]:
 
 
 def _rate_at_least(name: str, limit: float) -> targets.Target:
-    return targets.Target(
-        f"{name}'s tokens/s / plain's", lambda i: 1 / i["ratio_to_ceiling"][name], lambda _: limit, True
-    )
+    text = f"{name}'s tokens/s / plain's"
+    return targets.Target(text, lambda i: 1 / i["ratio_to_ceiling"][name], lambda _: limit, at_least=True)
 
 
 def build(case: Steering, device: str) -> tuple[dict[str, Callable[[], Tensor]], float]:

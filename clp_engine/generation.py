@@ -50,10 +50,8 @@ class WeightedGeneration:
             ValueError: as `forward`, before the first token.
             NotImplementedError: classifier-free guidance, whose second forward transformers calls without a weighting.
         """
+        self._check_guidance(args, kwargs)
         reward_weights, kl_weight = kwargs.pop("reward_weights", None), kwargs.pop("kl_weight", None)
-        config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config  # type: ignore[attr-defined]
-        if (kwargs.get("guidance_scale") or getattr(config, "guidance_scale", None) or 1) != 1:
-            raise NotImplementedError("guidance_scale is not built: give the weighting itself, or guidance_scale=None")
         check_given_once(kwargs.get("coefficients"), reward_weights, kl_weight)
         if kwargs.get("coefficients") is None:
             prompts = (inputs,) if inputs is not None else ()
@@ -61,6 +59,15 @@ class WeightedGeneration:
             check_cache(kwargs.get("past_key_values"), rows)
             kwargs["coefficients"] = rows
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _check_guidance(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        config = kwargs.get("generation_config") or (args[0] if args else None) or self.generation_config  # type: ignore[attr-defined]
+        scale = kwargs.get("guidance_scale", getattr(config, "guidance_scale", None))
+        if scale not in (None, 1):
+            raise NotImplementedError(
+                f"guidance_scale={scale}: transformers runs the unconditional prompt without its row's weighting; "
+                "leave it out"
+            )
 
     def _maybe_prepare_encoder_kwargs_for_generation(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

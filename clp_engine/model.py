@@ -111,6 +111,7 @@ class CLPModel(WeightedGeneration, StoredModel):
     _active: ActiveConditioning
     _kernel_backend: str
     _said_default: bool
+    _isolates: dict[str, bool]
 
     def forward(
         self,

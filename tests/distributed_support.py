@@ -14,10 +14,10 @@ W = torch.tensor([[1.0, 0.0], [0.3, 0.7], [0.2, 0.8], [0.6, 0.4]])
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-def condition():
+def condition(dtype=torch.float32):
     import clp_engine as clp
 
-    model = clp.get_clp_model(tiny_llama(), clp.CLPConfig(rewards=["long", "short"]))
+    model = clp.get_clp_model(tiny_llama().to(dtype), clp.CLPConfig(rewards=["long", "short"]))
     randomise_deltas(model, 0.3)
     return model.train()
 
@@ -47,19 +47,32 @@ def ddp_step(rank):
     return deltas_of(model)
 
 
-def fsdp2_step(rank):
-    """Blocks sharded, and the rest with the root, as accelerate does it; then tokens from the sharded model."""
+def sharded(dtype=torch.float32):
+    """Blocks sharded, and the rest with the root, as accelerate does it."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model, rows = condition(), slice(2 * rank, 2 * rank + 2)
+    model = condition(dtype)
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh)
+    return model
+
+
+def fsdp2_step(rank):
+    """A step, then tokens from the sharded model."""
+    model, rows = sharded(), slice(2 * rank, 2 * rank + 2)
     local = {tuple(p.to_local().shape) for name, p in model.named_parameters() if name.endswith("q_proj.deltas")}
     train_one_step(model, rows, [p for p in model.parameters() if p.requires_grad])
     tokens = model.eval().generate(IDS[rows], reward_weights=W[rows], **GREEDY)
     return {"local": local, "tokens": tokens, "class": type(model).__name__, "deltas": deltas_of(model)}
+
+
+def fsdp2_bfloat16_step(rank):
+    """A step of float32 deltas over a bfloat16 base."""
+    model = sharded(torch.bfloat16)
+    train_one_step(model, slice(2 * rank, 2 * rank + 2), [p for p in model.parameters() if p.requires_grad])
+    return deltas_of(model)
 
 
 def _enter(rank, world_size, folder, workers):

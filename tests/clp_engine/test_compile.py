@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests_support import randomise_deltas, tiny_llama, tiny_t5
+from transformers import StaticCache
 
 import clp_engine as clp
 from clp_engine.layers import conditioned_layers
@@ -84,3 +85,21 @@ def test_compiled_encoder_decoder():
     for weights in (W, OTHER):
         expected = model(**batch, reward_weights=weights).logits
         torch.testing.assert_close(compiled(**batch, reward_weights=weights).logits, expected)
+
+
+@torch.no_grad()
+def test_compiled_steps_with_a_static_cache(model):
+    """As generate compiles them on a GPU: one graph for the steps of all weightings."""
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for weights in (W, OTHER):
+        cache = StaticCache(config=model.config, max_cache_len=8)
+        model(input_ids=IDS, past_key_values=cache, coefficients=weights)
+        for token in (11, 12):
+            step = {"input_ids": torch.full((2, 1), token), "coefficients": weights}
+            got = compiled(**step, past_key_values=cache).logits
+        longer = torch.cat([IDS, torch.tensor([[11, 12]] * 2)], dim=1)
+        torch.testing.assert_close(got[:, -1], model(input_ids=longer, coefficients=weights).logits[:, -1])
+        with pytest.raises(ValueError, match="belongs to its weighting"):
+            model(input_ids=IDS[:, :1], past_key_values=cache, reward_weights=W.flip(0))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

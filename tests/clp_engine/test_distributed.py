@@ -9,7 +9,7 @@ import torch
 
 @pytest.fixture(scope="module")
 def results():
-    return support.run(support.ddp_step, support.fsdp2_step)
+    return support.run(support.ddp_step, support.fsdp2_step, support.fsdp2_bfloat16_step)
 
 
 @pytest.fixture(scope="module")
@@ -36,3 +36,15 @@ def test_sharded_models_generate_under_their_rows_weightings(results, single):
     assert all(part["local"] == {(16, 2, 32)} for part in sharded)  # 32 outputs over two processes
     expected = single.eval().generate(support.IDS, reward_weights=support.W, **support.GREEDY)
     assert torch.equal(torch.cat([part["tokens"] for part in sharded]), expected)
+
+
+def test_float32_deltas_over_a_sharded_bfloat16_base(results):
+    model = support.condition(torch.bfloat16)
+    before = {name: deltas.clone() for name, deltas in support.deltas_of(model).items()}
+    support.train_one_step(model, slice(None), [p for p in model.parameters() if p.requires_grad])
+    for result in results:
+        for name, deltas in result["fsdp2_bfloat16_step"].items():
+            assert deltas.dtype == torch.float32
+            step, expected = deltas - before[name], support.deltas_of(model)[name] - before[name]
+            # Losses and gradients of half batches are rounded to bfloat16 on their own.
+            assert (step - expected).abs().max() <= 2**-4 * expected.abs().max()

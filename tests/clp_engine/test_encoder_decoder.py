@@ -48,9 +48,10 @@ def test_attention_layers_are_found_once_and_position_biases_are_left(model):
 
 # Without gradients: T5's trainable position bias makes torch choose another attention kernel than a frozen one does.
 @torch.no_grad()
+@pytest.mark.parametrize("variant", ["attn", "logit"])
 @pytest.mark.parametrize("weights", [None, {"long": 1.0, "short": 0.0}, W])
-def test_before_training_the_model_is_the_plain_one_bit_for_bit(plain, weights):
-    model = condition(plain)
+def test_before_training_the_model_is_the_plain_one_bit_for_bit(plain, weights, variant):
+    model = condition(plain, variant=variant)
     model.set_kernel_backend("reference")
     got, expected = model(**BATCH, labels=LABELS, reward_weights=weights), plain(**BATCH, labels=LABELS)
     assert torch.equal(got.logits.view(torch.int32), expected.logits.view(torch.int32))

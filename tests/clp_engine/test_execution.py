@@ -221,6 +221,7 @@ def test_offloaded_layers_are_refused(tmp_path):
     offloaded = disk_offload(tiny_llama(), tmp_path, execution_device=torch.device("cpu"))
     with pytest.raises(NotImplementedError, match=r"layers\.0\.self_attn\.q_proj is offloaded"):
         condition(offloaded)
+    assert all(parameter.requires_grad for parameter in offloaded.parameters()), "nothing has changed"
 
 
 def run_in_threads(*functions):
