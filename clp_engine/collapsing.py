@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
-from clp_engine.layers import CLPLayer, conditioned_layers, release
+from clp_engine.layers import CLPLayer, conditioned_layers, release, widened
 
 
 @torch.no_grad()
@@ -29,10 +30,15 @@ def collapse(model: Any, c_C: torch.Tensor) -> Any:
     twin.__class__ = model.base_class
     for name in model.own_attributes():
         delattr(twin, name)
+    if "_old_forward" in vars(twin):  # accelerate's hook runs it in the forward's place
+        twin._old_forward = type(twin).forward.__get__(twin)
+        functools.update_wrapper(twin.forward, twin._old_forward)
     if untied:
         twin.config.tie_word_embeddings = False
     if any(getattr(module, "gradient_checkpointing", False) for module in twin.modules()):
         twin.gradient_checkpointing_disable()
+    for module in twin.modules():
+        vars(module).pop("_gradient_checkpointing_func", None)  # ours
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return twin.eval()
@@ -41,24 +47,29 @@ def collapse(model: Any, c_C: torch.Tensor) -> Any:
 @torch.no_grad()
 def fold(model: Any) -> Any:
     """The same policy on the simplex with one copy less; see `CLPModel.fold`."""
-    *kept, last = config_names = model.clp_config.copy_names
-    if model.clp_config.parameterization != "delta" or model.clp_config.has_shared or len(config_names) < 2:
+    *kept, last = copy_names = model.clp_config.copy_names
+    if model.clp_config.folded is not None:
+        raise ValueError(f"copy {model.clp_config.folded!r} is folded into this model already")
+    if model.clp_config.parameterization != "delta" or model.clp_config.has_shared or len(copy_names) < 2:
         raise NotImplementedError(
-            f"fold takes full deltas of two or more copies without shared parts, this model has {len(config_names)} of "
+            f"fold takes full deltas of two or more copies without shared parts, this model has {len(copy_names)} of "
             f'parameterization "{model.clp_config.parameterization}"'
         )
     if model.clp_config.copies is not None or model.clp_config.weight_domain != "simplex":
         raise ValueError("fold needs copies that are weighted on the simplex: sum_k w_k = 1 makes it exact")
     twin = copy.deepcopy(model)
-    only_last = torch.eye(len(config_names))[-1]
+    only_last = torch.eye(len(copy_names))[-1]
     layers = conditioned_layers(twin)
-    _assign(layers, {path: layer.collapsed(only_last, only_last) for path, layer in layers.items()}, _owners(twin))
+    values = {path: layer.collapsed(only_last, only_last) for path, layer in layers.items()}
+    if _assign(layers, values, _owners(twin)):
+        twin.config.tie_word_embeddings = False
     done: set[int] = set()
     for layer in layers.values():
         for parameter in layer.added_parameters().values():
             if id(parameter) not in done:
                 # [N, K, D] of linear layers and embeddings, [D, K] of norms and biases: copies are dim 1.
-                parameter.data = (parameter[:, :-1] - parameter[:, -1:]).contiguous()
+                wide = widened(parameter)
+                parameter.data = (wide[:, :-1] - wide[:, -1:]).to(parameter.dtype).contiguous()
                 done.add(id(parameter))
         layer.clp = dataclasses.replace(layer.clp, copy_names=tuple(kept))
     copies = {name: {name: 1.0} for name in kept}
@@ -92,11 +103,12 @@ def _assign(
     """
     split = False
     for path, layer in layers.items():
+        deltas = layer._parameters.get("deltas")
         for name, value in values[path].items():
             parameter: nn.Parameter = getattr(layer, name)
-            if all(
-                getattr(owner, "deltas", None) is layer._parameters.get("deltas") for owner in owners[id(parameter)]
-            ):
+            users = owners[id(parameter)]
+            alike = deltas is not None and all(user._parameters.get("deltas") is deltas for user in users)
+            if len(users) == 1 or alike:
                 parameter.data = value
             else:
                 setattr(layer, name, nn.Parameter(value))

@@ -96,7 +96,8 @@ class Conditioning:
 
     def derived(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """`make()`, computed once for all layers of the forward that ask with the same key."""
-        if torch.compiler.is_compiling():
+        # Coefficients with gradients: a checkpointed block must make its own, in the forward and in the recompute.
+        if torch.compiler.is_compiling() or self.coefficients_SK.requires_grad:
             return make()
         if key not in self._derived:
             self._derived[key] = make()
@@ -120,6 +121,13 @@ class Conditioning:
 
     def _rows_in(self, shape: torch.Size) -> torch.Tensor:
         rows = self.rows_B
+        if self.coefficients_SK.shape[0] == 1:  # one weighting: whatever the layer makes of the batch
+            return rows.new_zeros(()).expand(shape)
+        if rows.dim() == 2 and rows.shape[1] in shape[2:]:
+            raise ValueError(
+                f"a conditioned layer got an input of leading sizes {list(shape)} in a packed row of {rows.shape[1]} "
+                "tokens: which of them are the tokens cannot be told; pad the row by one token"
+            )
         if self.kept_rows_1L is not None and shape[: rows.dim()] != rows.shape:
             rows = rows.flatten() if shape == (rows.numel(),) else self.kept_rows_1L
         if shape[: rows.dim()] != rows.shape:

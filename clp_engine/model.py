@@ -17,7 +17,7 @@ from clp_engine import packing, weighting
 from clp_engine.conditioning import ActiveConditioning, ConditionedCheckpoint, Conditioning
 from clp_engine.config import CLPConfig
 from clp_engine.generation import WeightedGeneration, cache_of, check_cache, tag_cache
-from clp_engine.layers import conditioned_layers
+from clp_engine.layers import CLPLayer, conditioned_layers
 from clp_engine.storage import StoredModel
 from clp_engine.targets import condition_modules
 from clp_engine.weighting import KLWeight, RewardWeights
@@ -57,6 +57,10 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
         raise TypeError(f"get_clp_model needs a transformers PreTrainedModel, got {type(model).__name__}")
     active = ActiveConditioning()
     condition_modules(model, config, active)
+    for module in model.modules():
+        if "_gradient_checkpointing_func" in vars(module):  # enabled before
+            function: Any = module._gradient_checkpointing_func
+            vars(module)["_gradient_checkpointing_func"] = ConditionedCheckpoint(active, function)
     conditioned: Any = model
     plain_class: Any = type(model)
     conditioned.__class__ = _conditioned_class(plain_class)
@@ -231,6 +235,9 @@ class CLPModel(WeightedGeneration, StoredModel):
             raise ValueError(f"kernel back-end is {name!r}, expected 'auto' or one of {sorted(backends)}")
         if name != "auto" and backends[name] is not None:
             raise RuntimeError(f"kernel back-end {name!r} is missing here: {backends[name]}")
+        for layer in conditioned_layers(self).values():  # type: ignore[arg-type]
+            if layer.added and layer.operator != "mixed_linear" and name in ("triton", "cuda"):
+                raise ValueError(f"{layer.operator}, which {layer.clp.path} calls, has no {name!r} form: use 'auto'")
         self._kernel_backend = name
 
     def kernel_backend(self) -> str:
@@ -239,6 +246,17 @@ class CLPModel(WeightedGeneration, StoredModel):
             return self._kernel_backend
         layers = conditioned_layers(self).values()  # type: ignore[arg-type]
         return next(layer.auto_backend() for layer in layers if layer.added)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Resize the vocabulary, where neither embedding nor head is conditioned.
+
+        Raises:
+            NotImplementedError: one is: its copies would keep the old size.
+        """
+        for module in (self.get_input_embeddings(), self.get_output_embeddings()):  # type: ignore[attr-defined]
+            if isinstance(module, CLPLayer):
+                raise NotImplementedError(f"{module.clp.path} has copies of its size: resize before get_clp_model")
+        return super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Counts of trainable parameters and of all parameters."""

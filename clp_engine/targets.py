@@ -19,7 +19,7 @@ from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition
 from clp_engine.layers.embedding import DeltaEmbedding, PerSequenceBias, RelativeBiasEmbedding
 from clp_engine.layers.linear import DeltaLinear, features, has_float_weight, is_linear
 from clp_engine.layers.low_rank import LoRALinear, PBLoRALinear, SVDLinear
-from clp_engine.layers.norm import DeltaNorm, is_norm
+from clp_engine.layers.norm import DeltaNorm, is_norm, norm_arithmetic
 from clp_engine.layers.soft_tokens import SoftTokenAttention
 
 SHARED_COPY = "shared"
@@ -120,6 +120,10 @@ def _check(path: str, module: nn.Module, config: CLPConfig) -> None:
 def _check_delta(path: str, module: nn.Module) -> None:
     if not _carries_delta(module):
         _refuse(path, module, "delta")
+    if is_norm(module):
+        norm_arithmetic(module, path)
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise NotImplementedError(f"{path} has max_norm={module.max_norm}: it changes its own table")
     if is_linear(module) and not has_float_weight(module):
         raise NotImplementedError(
             f"{path} ({type(module).__name__}) is quantised: full deltas need floating-point weights; "

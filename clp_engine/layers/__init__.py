@@ -1,6 +1,14 @@
 """Conditioned layers: what each family does to a linear layer, an embedding, a norm or an attention block."""
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition, conditioned_layers, named_copies, release
+from clp_engine.layers.conditioned import (
+    CLPLayer,
+    LayerContext,
+    condition,
+    conditioned_layers,
+    named_copies,
+    release,
+    widened,
+)
 from clp_engine.layers.embedding import DeltaEmbedding, RelativeBiasEmbedding
 from clp_engine.layers.linear import DeltaLinear
 from clp_engine.layers.low_rank import LoRALinear, PBLoRALinear, SVDLinear
@@ -22,4 +30,5 @@ __all__ = [
     "conditioned_layers",
     "named_copies",
     "release",
+    "widened",
 ]

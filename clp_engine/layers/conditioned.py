@@ -44,6 +44,7 @@ class CLPLayer(nn.Module):
         plain_class: the class that it had before.
         family: the class that it was conditioned with.
         added: names of the parameters that conditioning may add.
+        settings: names of its other attributes.
         operator: the operator that it calls.
     """
 
@@ -51,6 +52,7 @@ class CLPLayer(nn.Module):
     plain_class: ClassVar[type]
     family: ClassVar[type[CLPLayer]]
     added: ClassVar[tuple[str, ...]] = ()
+    settings: ClassVar[tuple[str, ...]] = ()
     operator: ClassVar[str]
 
     @classmethod
@@ -118,9 +120,10 @@ def condition(module: nn.Module, family: Any, context: LayerContext) -> CLPLayer
 
 def release(layer: CLPLayer) -> nn.Module:
     """Turn a conditioned layer back into the layer it was; its copies are dropped."""
-    for name in (*layer.added_parameters(), "clp"):
-        delattr(layer, name)
     module: Any = layer
+    for name in (*layer.added, *layer.settings, "clp"):
+        module._parameters.pop(name, None)
+        vars(module).pop(name, None)
     module.__class__ = layer.plain_class
     if "_old_forward" in vars(module):
         module._old_forward = types.MethodType(type(module).forward, module)
@@ -179,5 +182,23 @@ def zero_copies(shape: tuple[int, ...], beside: torch.Tensor) -> nn.Parameter:
 
 
 def added_up(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """`base + delta` in delta's dtype, rounded to base's."""
-    return (base.to(delta.dtype) + delta).to(base.dtype)
+    """`base + delta` in the wider dtype of the two, rounded to base's; `delta` is float32 at least."""
+    dtype = torch.promote_types(base.dtype, delta.dtype)
+    return (base.to(dtype) + delta.to(dtype)).to(base.dtype)
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in float32 at least: sums of copies are rounded once, at their end."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def copies_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of copies beside a layer: float32, or float64 beside float64."""
+    dtypes = [parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer's tensors lie; the CPU for a quantised format that keeps them to itself."""
+    tensors: list[torch.Tensor] = [*module.parameters(), *module.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, zero_copies
+from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, widened, zero_copies
 from clp_kernels import mixed_embedding
 
 
@@ -29,13 +29,7 @@ class _Embedding(CLPLayer, nn.Embedding):
 
     @classmethod
     def adopt(cls, embedding: nn.Embedding, context: LayerContext, deltas: nn.Parameter | None = None) -> _Embedding:
-        """Condition `embedding` in place, with the given copies of a tied weight or new ones.
-
-        Raises:
-            NotImplementedError: it renormalises what it looks up (max_norm).
-        """
-        if embedding.max_norm is not None:
-            raise NotImplementedError(f"{context.path} has max_norm={embedding.max_norm}: it changes its own table")
+        """Condition `embedding` in place, with the given copies of a tied weight or new ones."""
         layer: _Embedding = condition(embedding, cls, context)  # type: ignore[assignment]
         rows, width = embedding.weight.shape
         shape = (rows, len(context.copy_names), width)
@@ -49,7 +43,8 @@ class _Embedding(CLPLayer, nn.Embedding):
 
     def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
         """`weight + einsum("k,vkd->vd", c, deltas)`."""
-        delta_VD = torch.einsum("k,vkd->vd", c_K.to(self.deltas), self.deltas)
+        deltas = widened(self.deltas)
+        delta_VD = torch.einsum("k,vkd->vd", c_K.to(deltas), deltas)
         return {"weight": added_up(self.weight, delta_VD)}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, zero_copies
+from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, widened, zero_copies
 from clp_kernels import backend_for, mixed_linear
 
 
@@ -116,11 +116,12 @@ class DeltaLinear(CLPLayer):
 
     def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
         """`weight + einsum("k,nkd->nd", c, deltas)` in the weight's own layout, and the bias."""
-        c_K = c_K.to(self.deltas)
-        delta_ND = torch.einsum("k,nkd->nd", c_K, self.deltas)
+        deltas = widened(self.deltas)
+        c_K = c_K.to(deltas)
+        delta_ND = torch.einsum("k,nkd->nd", c_K, deltas)
         values = {"weight": added_up(self.weight, delta_ND.T if is_transposed(self) else delta_ND)}  # type: ignore[arg-type]
         if self.bias_deltas is not None:
-            values["bias"] = added_up(self.bias, self.bias_deltas @ c_K)  # type: ignore[arg-type]
+            values["bias"] = added_up(self.bias, widened(self.bias_deltas) @ c_K)  # type: ignore[arg-type]
         return values
 
     def extra_repr(self) -> str:

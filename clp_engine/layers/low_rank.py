@@ -17,8 +17,16 @@ import torch
 from torch import nn
 
 from clp_engine.conditioning import Conditioning
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition
-from clp_engine.layers.linear import features, is_transposed, runs_fused
+from clp_engine.layers.conditioned import (
+    CLPLayer,
+    LayerContext,
+    added_up,
+    condition,
+    copies_dtype,
+    device_of,
+    widened,
+)
+from clp_engine.layers.linear import features, has_float_weight, is_transposed, runs_fused
 from clp_kernels import low_rank_linear
 
 
@@ -59,16 +67,15 @@ class LowRankLinear(CLPLayer):
 
     def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
         """`weight + up @ diag(g) @ down`."""
-        weight = getattr(self, "weight", None)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        if not has_float_weight(self):
             raise NotImplementedError(
                 f"{self.clp.path} ({self.plain_class.__name__}) is quantised: copies cannot be added to its weight; "
                 "export the copies as adapters instead"
             )
-        down, up = self.factors()
+        down, up = (widened(factor) for factor in self.factors())
         gates_R = self.gates(c_K.to(down)[None], lambda_1.to(down)[None])[0]
         delta_ND = (up * gates_R) @ down
-        return {"weight": added_up(weight, delta_ND.T if is_transposed(self) else delta_ND)}
+        return {"weight": added_up(self.weight, delta_ND.T if is_transposed(self) else delta_ND)}  # type: ignore[arg-type]
 
 
 class LoRALinear(LowRankLinear):
@@ -82,6 +89,7 @@ class LoRALinear(LowRankLinear):
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     added = ("lora_A", "lora_B")
+    settings = ("ranks", "scalings")
 
     @classmethod
     def adopt(
@@ -90,9 +98,9 @@ class LoRALinear(LowRankLinear):
         """Condition `linear` in place; `ranks` and `scalings` (alpha / r) of each copy."""
         layer: LoRALinear = condition(linear, cls, context)  # type: ignore[assignment]
         out, inner = features(linear)
-        total, device = sum(ranks), device_of(linear)
-        layer.lora_A = nn.Parameter(uniform(total, inner, device))
-        layer.lora_B = nn.Parameter(torch.zeros(out, total, device=device))
+        total, like = sum(ranks), _like(linear)
+        layer.lora_A = nn.Parameter(uniform(total, inner, **like))
+        layer.lora_B = nn.Parameter(torch.zeros(out, total, **like))
         layer.ranks, layer.scalings = tuple(ranks), tuple(scalings)
         return layer
 
@@ -138,11 +146,11 @@ class SVDLinear(LowRankLinear):
     def adopt(cls, linear: nn.Module, context: LayerContext, rank: int) -> SVDLinear:
         """Condition `linear` in place with `rank` shared singular values."""
         layer: SVDLinear = condition(linear, cls, context)  # type: ignore[assignment]
-        (out, inner), device = features(linear), device_of(linear)
+        (out, inner), like = features(linear), _like(linear)
         total = rank + len(context.copy_names)
-        layer.svd_V = nn.Parameter(torch.randn(total, inner, device=device) * inner**-0.5)
-        layer.svd_U = nn.Parameter(torch.randn(out, total, device=device) * total**-0.5)
-        layer.svd_values = nn.Parameter(torch.zeros(total, device=device))
+        layer.svd_V = nn.Parameter(torch.randn(total, inner, **like) * inner**-0.5)
+        layer.svd_U = nn.Parameter(torch.randn(out, total, **like) * total**-0.5)
+        layer.svd_values = nn.Parameter(torch.zeros(total, **like))
         return layer
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,10 +192,10 @@ class PBLoRALinear(LowRankLinear):
     def adopt(cls, linear: nn.Module, context: LayerContext, rank: int) -> PBLoRALinear:
         """Condition `linear` in place with rank `rank` in both parts."""
         layer: PBLoRALinear = condition(linear, cls, context)  # type: ignore[assignment]
-        (out, inner), device, count = features(linear), device_of(linear), len(context.copy_names) + 1
-        layer.pb_A = nn.Parameter(uniform(2 * rank, inner, device))
-        layer.pb_B = nn.Parameter(torch.zeros(out, 2 * rank, device=device))
-        layer.pb_M = nn.Parameter(torch.eye(rank, device=device).repeat(count, 1, 1))
+        (out, inner), like, count = features(linear), _like(linear), len(context.copy_names) + 1
+        layer.pb_A = nn.Parameter(uniform(2 * rank, inner, **like))
+        layer.pb_B = nn.Parameter(torch.zeros(out, 2 * rank, **like))
+        layer.pb_M = nn.Parameter(torch.eye(rank, **like).repeat(count, 1, 1))
         return layer
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,14 +218,12 @@ class PBLoRALinear(LowRankLinear):
         return views
 
 
-def uniform(rank: int, inner: int, device: torch.device) -> torch.Tensor:
+def uniform(rank: int, inner: int, **like: Any) -> torch.Tensor:
     """PEFT's start of lora_A: uniform within 1 / sqrt(D)."""
-    a_rD = torch.empty(rank, inner, device=device)
+    a_rD = torch.empty(rank, inner, **like)
     nn.init.kaiming_uniform_(a_rD, a=math.sqrt(5))
     return a_rD
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a layer's tensors lie; the CPU for a quantised format that keeps them to itself."""
-    tensors: list[Any] = [*module.parameters(), *module.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
+def _like(linear: nn.Module) -> dict[str, Any]:
+    return {"device": device_of(linear), "dtype": copies_dtype(linear)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, zero_copies
+from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, widened, zero_copies
 from clp_kernels import mixed_norm
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_epsilon")
@@ -39,6 +39,7 @@ class DeltaNorm(CLPLayer):
     bias_deltas: nn.Parameter | None
     arithmetic: NormArithmetic
     added = ("deltas", "bias_deltas")
+    settings = ("arithmetic",)
     operator = "mixed_norm"
 
     @classmethod
@@ -89,7 +90,7 @@ class DeltaNorm(CLPLayer):
         values = {}
         for name, deltas_DK in (("weight", self.deltas), ("bias", self.bias_deltas)):
             if deltas_DK is not None:
-                values[name] = added_up(getattr(self, name), deltas_DK @ c_K.to(deltas_DK))
+                values[name] = added_up(getattr(self, name), widened(deltas_DK) @ c_K.to(widened(deltas_DK)))
         return values
 
 
@@ -114,14 +115,24 @@ def norm_arithmetic(norm: nn.Module, path: str) -> NormArithmetic:
     width = probe.weight.numel()  # type: ignore[operator]
     x_MD, delta_D = torch.randn(4, width, generator=generator) * 3 + 1, torch.randn(width, generator=generator)
     eps = next((float(v) for name in _EPS_NAMES if isinstance(v := getattr(norm, name, None), (int, float))), None)
-    y_MD = probe(x_MD)
-    probe.weight.add_(delta_D)  # type: ignore[operator]
-    moved_MD = probe(x_MD) - y_MD
     for kind in ("rms", "layer") if eps is not None else ():
         expected_MD = mixed_norm(x_MD, None, delta_D[:, None], torch.ones(1), eps=eps, kind=kind)  # type: ignore[arg-type]
-        if torch.allclose(moved_MD, expected_MD, atol=_AGREEMENT * float(delta_D.abs().max())):
+        if _moves_by(probe, x_MD, delta_D, expected_MD):
             return NormArithmetic(kind, eps)  # type: ignore[arg-type]
     raise NotImplementedError(
         f"{path} ({type(norm).__name__}) is neither an RMSNorm nor a LayerNorm in its scale (eps {eps}): leave it out "
         "with target_modules"
     )
+
+
+def _moves_by(probe: nn.Module, x_MD: torch.Tensor, delta_D: torch.Tensor, expected_MD: torch.Tensor) -> bool:
+    """Whether adding `delta_D` to the scale adds `expected_MD` to what `probe` makes of x."""
+    weight: nn.Parameter = probe.weight  # type: ignore[assignment]
+    try:
+        before_MD = probe(x_MD)
+        weight.add_(delta_D)
+        moved_MD = probe(x_MD) - before_MD
+        weight.sub_(delta_D)
+    except TypeError:  # it takes more than x
+        return False
+    return torch.allclose(moved_MD, expected_MD, atol=_AGREEMENT * float(delta_D.abs().max()))

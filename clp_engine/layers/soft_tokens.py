@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition
+from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition, copies_dtype, device_of
 from clp_kernels import mixed_linear
 
 
@@ -31,10 +31,10 @@ class SoftTokenAttention(CLPLayer):
     @classmethod
     def adopt(cls, attention: nn.Module, context: LayerContext, width: int, num_tokens: int) -> SoftTokenAttention:
         """Condition an attention block of `width` in place with `num_tokens` soft tokens."""
-        device = next(attention.parameters()).device
+        like: dict[str, Any] = {"device": device_of(attention), "dtype": copies_dtype(attention)}
         layer: SoftTokenAttention = condition(attention, cls, context)  # type: ignore[assignment]
-        layer.soft_keys = nn.Parameter(torch.randn(num_tokens, width, device=device))
-        layer.soft_values = nn.Parameter(torch.zeros(width, len(context.copy_names), num_tokens, device=device))
+        layer.soft_keys = nn.Parameter(torch.randn(num_tokens, width, **like))
+        layer.soft_values = nn.Parameter(torch.zeros(width, len(context.copy_names), num_tokens, **like))
         return layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -76,6 +76,10 @@ class CLPTrainer(Trainer):
             raise TypeError(
                 f"CLPTrainer trains a conditioned model, got {type(model).__name__}: call get_clp_model first"
             )
+        if model.clp_config.folded is not None:
+            raise ValueError(
+                f"copy {model.clp_config.folded!r} is folded into this model's base: train the model it was folded from"
+            )
         self.reward_names = list(model.clp_config.rewards)
         self.reward_funcs = resolve(reward_funcs, self.reward_names)
         for field, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):

@@ -168,7 +168,10 @@ def test_layers_pickle_and_collapsed_models_know_nothing_of_copies(fields):
     assert torch.equal(again(IDS, reward_weights=W).logits, model(IDS, reward_weights=W).logits)
     plain = model.collapse([0.5, 0.5])
     assert {type(m) for m in plain.modules()} == {type(m) for m in load("gemma").modules()}
-    assert not [name for name in vars(plain) if "clp" in name]
+    fresh = load("gemma")
+    for name, module in plain.named_modules():
+        assert vars(module).keys() == vars(fresh.get_submodule(name)).keys(), name
+    assert b"clp_engine" not in pickle.dumps(plain)
     assert plain.state_dict().keys() == load("gemma").state_dict().keys()
     pointers = {p.data_ptr() for p in model.parameters()}
     assert not [name for name, p in plain.named_parameters() if p.data_ptr() in pointers]
@@ -188,3 +191,86 @@ def test_fold_serves_the_same_policy_with_a_copy_less():
         folded.save_pretrained("nowhere")
     with pytest.raises(NotImplementedError, match="full deltas"):
         condition(load("gpt2"), parameterization="lora").fold()
+
+
+@pytest.mark.parametrize("fields", [{"parameterization": "lora"}, {"parameterization": "svd"}, {}])
+def test_a_tied_heads_own_copies_leave_the_embedding_alone(fields):
+    model = condition(tiny_llama(), variant="logit", **fields)
+    randomise_deltas(model)
+    wanted = model(IDS, reward_weights=[0.5, 0.5]).logits
+    plain = model.collapse([0.5, 0.5])
+    assert torch.allclose(plain(IDS).logits, wanted, atol=2e-5)
+    assert torch.equal(plain.model.embed_tokens.weight, tiny_llama().model.embed_tokens.weight)
+    plain.tie_weights()  # as resizing does
+    assert torch.allclose(plain(IDS).logits, wanted, atol=2e-5)
+    if not fields:
+        folded = model.fold()
+        folded.tie_weights()
+        assert torch.allclose(folded(IDS, reward_weights=[0.5, 0.5]).logits, wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("parameterization", ["delta", "lora", "svd", "pblora", "soft_tokens"])
+def test_copies_beside_a_float64_base(parameterization):
+    model = condition(tiny_llama().double(), parameterization=parameterization)
+    randomise_deltas(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model(IDS, reward_weights=W).logits.dtype == torch.float64
+
+
+def test_sums_of_16_bit_copies_are_rounded_once():
+    model = condition(tiny_llama())
+    randomise_deltas(model)
+    model.to(torch.bfloat16)
+    layer = model.model.layers[0].self_attn.q_proj
+    wide = layer.weight.float() + torch.einsum("k,nkd->nd", torch.tensor([0.3, 0.7]), layer.deltas.float())
+    assert torch.equal(model.collapse([0.3, 0.7]).model.layers[0].self_attn.q_proj.weight, wide.bfloat16())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", [{"variant": "full"}, {"parameterization": "lora"}])
+def test_checkpointing_enabled_before_conditioning_and_learnable_coefficients(family, use_reentrant):
+    gradients = []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        plain = tiny_llama()
+        if checkpoints:
+            plain.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model = condition(plain, **family).train()
+        randomise_deltas(model)
+        model.enable_input_require_grads()
+        c = W.clone().requires_grad_()
+        model(IDS, coefficients=c, use_cache=False).logits.square().mean().backward()
+        gradients.append([c.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for whole, recomputed in zip(*gradients, strict=True):
+        assert torch.allclose(whole, recomputed, atol=1e-6)
+
+
+def test_hooked_models_collapse():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    plain = tiny_llama()
+    add_hook_to_module(plain, AlignDevicesHook(io_same_device=True))
+    model = condition(plain)
+    randomise_deltas(model)
+    got = model.collapse([0.5, 0.5])(IDS).logits
+    assert torch.allclose(got, model(IDS, reward_weights=[0.5, 0.5]).logits, atol=2e-5)
+
+
+def test_what_cannot_be_conditioned_leaves_the_model_as_it_was():
+    model = tiny_llama()
+    model.model.norm = MaxNorm()
+    with pytest.raises(NotImplementedError, match=r"model.norm \(MaxNorm\)"):
+        condition(model, variant="full")
+    assert not conditioned_layers(model)
+    with pytest.raises(NotImplementedError, match=r"lm_head has copies of its size: resize before"):
+        condition(tiny_llama(), variant="logit").resize_token_embeddings(64)
+    with pytest.raises((ValueError, RuntimeError), match="triton"):
+        condition(tiny_llama(), parameterization="lora").set_kernel_backend("triton")
+
+
+def test_one_weighting_for_all_fits_any_form_of_a_batch():
+    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)).eval()
+    model = condition(opt, target_modules=["fc1"])
+    randomise_deltas(model)
+    got = model(IDS, reward_weights=[0.5, 0.5]).logits
+    assert torch.allclose(got, model.collapse([0.5, 0.5])(IDS).logits, atol=2e-5)
