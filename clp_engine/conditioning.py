@@ -121,8 +121,6 @@ class Conditioning:
 
     def _rows_in(self, shape: torch.Size) -> torch.Tensor:
         rows = self.rows_B
-        if self.coefficients_SK.shape[0] == 1:  # one weighting: whatever the layer makes of the batch
-            return rows.new_zeros(()).expand(shape)
         if rows.dim() == 2 and rows.shape[1] in shape[2:]:
             raise ValueError(
                 f"a conditioned layer got an input of leading sizes {list(shape)} in a packed row of {rows.shape[1]} "

@@ -266,11 +266,3 @@ def test_what_cannot_be_conditioned_leaves_the_model_as_it_was():
         condition(tiny_llama(), variant="logit").resize_token_embeddings(64)
     with pytest.raises((ValueError, RuntimeError), match="triton"):
         condition(tiny_llama(), parameterization="lora").set_kernel_backend("triton")
-
-
-def test_one_weighting_for_all_fits_any_form_of_a_batch():
-    opt = transformers.OPTForCausalLM(transformers.OPTConfig(**SMALL, ffn_dim=48, word_embed_proj_dim=32)).eval()
-    model = condition(opt, target_modules=["fc1"])
-    randomise_deltas(model)
-    got = model(IDS, reward_weights=[0.5, 0.5]).logits
-    assert torch.allclose(got, model.collapse([0.5, 0.5])(IDS).logits, atol=2e-5)
