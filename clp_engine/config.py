@@ -32,7 +32,8 @@ class CLPConfig:
             "lora" (an adapter per copy), "svd" (Panacea: shared singular values beside one per copy), "pblora" (PARM: a
             small matrix per copy between shared factors). "soft_tokens": every attention block also attends to tokens
             whose values are averaged.
-        train_shared: True trains the parameters outside the variant too, one copy for all weightings.
+        train_shared: True trains the modules outside the variant too, one copy for all weightings; what else a chosen
+            module holds (its bias) stays frozen.
         min_kl_weight: alpha_min in (0, 1), the KL weight at which lambda = 1.
         kl_interpolation: lambda(alpha) between them: "dera" (exact for the KL-regularised optima's logits) or "linear"
             ((1 - alpha) / (1 - alpha_min)).

@@ -107,6 +107,25 @@ class CLPLayer(nn.Module):
         return _new_layer, (self.plain_class, self.family), self.__dict__
 
 
+class DeltaLayer(CLPLayer):
+    """A layer whose copies are full differences of its weight and, where `bias_deltas` is one, of its bias.
+
+    The copies are dim 1 of both: `deltas` [N, K, D] of a matrix or [D, K] of a vector, `bias_deltas` [N, K].
+    """
+
+    deltas: nn.Parameter
+    bias_deltas: nn.Parameter | None
+    added = ("deltas", "bias_deltas")
+
+    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+        """`weight.<copy>` and, where the bias has copies, `bias.<copy>`, each in its parameter's shape."""
+        own = self.added_parameters() if parameters is None else parameters
+        views = {f"weight.{name}": own["deltas"][:, k] for k, name in enumerate(self.clp.copy_names)}
+        if "bias_deltas" in own:
+            views |= {f"bias.{name}": own["bias_deltas"][:, k] for k, name in enumerate(self.clp.copy_names)}
+        return views
+
+
 def condition(module: nn.Module, family: Any, context: LayerContext) -> CLPLayer:
     """Turn `module` into a layer of `family` in place; the caller adds the copies."""
     plain: Any = type(module)

@@ -11,15 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, widened, zero_copies
+from clp_engine.layers.conditioned import CLPLayer, DeltaLayer, LayerContext, added_up, condition, widened, zero_copies
 from clp_kernels import mixed_embedding
 
 
-class _Embedding(CLPLayer, nn.Embedding):
+class _Embedding(DeltaLayer, nn.Embedding):
     """A table and its copies, `deltas` [V, K, D] float32, zero at first."""
 
-    deltas: nn.Parameter
-    added = ("deltas",)
     operator = "mixed_embedding"
 
     @classmethod
@@ -35,11 +33,6 @@ class _Embedding(CLPLayer, nn.Embedding):
         shape = (rows, len(context.copy_names), width)
         layer.deltas = zero_copies(shape, embedding.weight) if deltas is None else deltas
         return layer
-
-    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """`weight.<copy>` [V, D]."""
-        deltas_VKD = self.deltas if parameters is None else parameters["deltas"]
-        return {f"weight.{name}": deltas_VKD[:, k] for k, name in enumerate(self.clp.copy_names)}
 
     def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
         """`weight + einsum("k,vkd->vd", c, deltas)`."""

@@ -5,12 +5,10 @@ Legend: N out, D in, K copies, S distinct weightings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import nn
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, widened, zero_copies
+from clp_engine.layers.conditioned import CLPLayer, DeltaLayer, LayerContext, added_up, condition, widened, zero_copies
 from clp_kernels import backend_for, mixed_linear
 
 
@@ -48,7 +46,7 @@ def runs_fused(layer: CLPLayer) -> bool:
     return layer.plain_class is nn.Linear and type(layer.weight.data) is torch.Tensor
 
 
-class DeltaLinear(CLPLayer):
+class DeltaLinear(DeltaLayer):
     """A linear layer with K trained differences beside its frozen weight, and beside its bias where asked for.
 
     Equivalent to `F.linear(x, weight + einsum("k,nkd->nd", c, deltas), bias + bias_deltas @ c)` with every sequence's
@@ -56,9 +54,6 @@ class DeltaLinear(CLPLayer):
     Layers of a class of their own (Conv1D, Falcon's) give the base term by their own forward.
     """
 
-    deltas: nn.Parameter
-    bias_deltas: nn.Parameter | None
-    added = ("deltas", "bias_deltas")
     operator = "mixed_linear"
 
     @classmethod
@@ -105,14 +100,6 @@ class DeltaLinear(CLPLayer):
         x_1D = torch.empty(1, self.deltas.shape[2], dtype=weight.dtype, device=weight.device)
         c_K = torch.zeros(self.deltas.shape[1], device=weight.device)
         return backend_for(x_1D, weight if runs_fused(self) else None, self.deltas, c_K, bias_deltas=self.bias_deltas)
-
-    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """`weight.<copy>` [N, D] and `bias.<copy>` [N]."""
-        own = self.added_parameters() if parameters is None else parameters
-        views = {f"weight.{name}": own["deltas"][:, k] for k, name in enumerate(self.clp.copy_names)}
-        if self.bias_deltas is not None:
-            views |= {f"bias.{name}": own["bias_deltas"][:, k] for k, name in enumerate(self.clp.copy_names)}
-        return views
 
     def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
         """`weight + einsum("k,nkd->nd", c, deltas)` in the weight's own layout, and the bias."""

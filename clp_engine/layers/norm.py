@@ -6,13 +6,12 @@ Legend: D width, K copies.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, added_up, condition, widened, zero_copies
+from clp_engine.layers.conditioned import DeltaLayer, LayerContext, added_up, condition, widened, zero_copies
 from clp_kernels import mixed_norm
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon", "layer_norm_epsilon")
@@ -27,7 +26,7 @@ class NormArithmetic:
     eps: float
 
 
-class DeltaNorm(CLPLayer):
+class DeltaNorm(DeltaLayer):
     """A norm under each sequence's own average of its copies.
 
     Every norm is linear in its scale and bias, so `y = norm(x) + normalised(x) * (deltas @ c) + bias_deltas @ c`: the
@@ -35,10 +34,7 @@ class DeltaNorm(CLPLayer):
     `deltas` [D, K] and `bias_deltas` [D, K], float32, start at zero.
     """
 
-    deltas: nn.Parameter
-    bias_deltas: nn.Parameter | None
     arithmetic: NormArithmetic
-    added = ("deltas", "bias_deltas")
     settings = ("arithmetic",)
     operator = "mixed_norm"
 
@@ -76,14 +72,6 @@ class DeltaNorm(CLPLayer):
             backend=record.backend,
         )
         return y + steered.to(y.dtype)
-
-    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """`weight.<copy>` and `bias.<copy>` [D]."""
-        own = self.added_parameters() if parameters is None else parameters
-        views = {f"weight.{name}": own["deltas"][:, k] for k, name in enumerate(self.clp.copy_names)}
-        if self.bias_deltas is not None:
-            views |= {f"bias.{name}": own["bias_deltas"][:, k] for k, name in enumerate(self.clp.copy_names)}
-        return views
 
     def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
         """`weight + deltas @ c` and `bias + bias_deltas @ c`."""

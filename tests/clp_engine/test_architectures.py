@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from architectures import GROUPED, SMALL
 from tests_support import randomise_deltas
 
 import clp_engine as clp
@@ -12,17 +13,6 @@ from clp_engine.layers import conditioned_layers
 from clp_engine.logprobs import shares_prompts_exactly, token_logprobs
 from clp_engine.rollout import rollout
 
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": 1,
-    "initializer_range": 0.3,
-}
-GROUPED = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 CONFIGS = {
     "qwen2": (transformers.Qwen2Config(**GROUPED), 8),
     "mistral": (transformers.MistralConfig(**GROUPED, sliding_window=4), 8),
