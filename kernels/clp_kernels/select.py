@@ -30,8 +30,17 @@ class Problem(NamedTuple):
     batch_invariant: bool = False
 
 
+# Beside the reference. "cuda" has mixed_linear alone.
+FORMS: Mapping[str, tuple[str, ...]] = {
+    "low_rank_linear": ("cpp",),
+    "mixed_embedding": ("cpp",),
+    "mixed_linear_logprob": ("cpp",),
+    "mixed_norm": ("cpp",),
+}
+
+
 class OperatorCall(NamedTuple):
-    """The same for the other operators, which have the forms reference and C++: the floating arguments' dtypes."""
+    """The same for the other operators, whose forms `FORMS` lists: the floating arguments' dtypes."""
 
     op: str
     device_type: str
@@ -64,24 +73,26 @@ def unsupported_reason(name: str, problem: Problem | OperatorCall) -> str | None
         return f"base is {problem.base_dtype}, x {problem.x_dtype}; back-end 'cuda' takes a base of x's dtype"
     if name == "cuda" and problem.deltas_dtype not in (problem.x_dtype, torch.float32):
         return f"deltas are {problem.deltas_dtype}; back-end 'cuda' takes x's dtype {problem.x_dtype} or torch.float32"
-    device_type = "cpu" if name == "cpp" else "cuda"
-    # "triton" by name runs on the CPU too, in Triton's interpreter.
-    if problem.device_type != device_type and not (name == "triton" and problem.device_type == "cpu"):
-        return f"x is on {problem.device_type!r}; back-end {name!r} runs on {device_type!r}"
-    return None
+    return _unsupported_device("x is", name, problem.device_type)
 
 
 def _unsupported_call(name: str, call: OperatorCall) -> str | None:
     if name == "reference":
         return None
-    if name != "cpp":
+    if name not in FORMS[call.op]:
         return f"{call.op} has no {name!r} form"
     for field, dtype in call.dtypes.items():
         if dtype not in CPP_DTYPES:
-            return f"{field} is {dtype}; back-end 'cpp' takes {', '.join(map(str, CPP_DTYPES))}"
-    if call.device_type != "cpu":
-        return f"its arguments are on {call.device_type!r}; back-end 'cpp' runs on 'cpu'"
-    return None
+            return f"{field} is {dtype}; back-end {name!r} takes {', '.join(map(str, CPP_DTYPES))}"
+    return _unsupported_device("its arguments are", name, call.device_type)
+
+
+def _unsupported_device(what: str, name: str, device_type: str) -> str | None:
+    wanted = "cpu" if name == "cpp" else "cuda"
+    # "triton" by name runs on the CPU too, in Triton's interpreter.
+    if device_type == wanted or (name == "triton" and device_type == "cpu"):
+        return None
+    return f"{what} on {device_type!r}; back-end {name!r} runs on {wanted!r}"
 
 
 def resolve(requested: str | None, problem: Problem | OperatorCall) -> str:
