@@ -28,7 +28,7 @@ from clp_engine.data.docstring_text import normalised_words, summary_and_body, w
 SYSTEM_MESSAGE = "Be brief."
 # Behind the text, and for fewer words: asked before it for a summary, the small model mostly copies the text.
 INSTRUCTION = "{body}\n\nSay this in fewer words."
-SEED = 9
+SEED = 10
 MAX_PAIRS = {"train": 3000, "test": 300}
 MAX_FILE_BYTES = 60_000
 PAIRS_PER_FILE = 12
