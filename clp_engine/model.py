@@ -18,6 +18,7 @@ from clp_engine.conditioning import ActiveConditioning, ConditionedCheckpoint, C
 from clp_engine.config import CLPConfig
 from clp_engine.generation import WeightedGeneration, cache_of, check_cache, tag_cache
 from clp_engine.layers import CLPLayer, conditioned_layers
+from clp_engine.prompt_template import PromptTemplate
 from clp_engine.storage import StoredModel
 from clp_engine.targets import condition_modules
 from clp_engine.weighting import KLWeight, RewardWeights
@@ -66,7 +67,7 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     conditioned.__class__ = _conditioned_class(plain_class)
     conditioned.clp_config, conditioned._active = config, active
     conditioned._kernel_backend, conditioned._batch_invariant = "auto", False
-    conditioned._said_default, conditioned._isolates = False, {}
+    conditioned._said_default, conditioned._isolates, conditioned.prompt_template = False, {}, None
     if "_old_forward" in vars(model):  # accelerate's hook runs it in the forward's place, under its signature
         conditioned._old_forward = type(conditioned).forward.__get__(conditioned)
         functools.update_wrapper(conditioned.forward, conditioned._old_forward)
@@ -109,10 +110,12 @@ class CLPModel(WeightedGeneration, StoredModel):
     Attributes:
         clp_config: what the model is conditioned on.
         base_class: the plain model's class.
+        prompt_template: how prompts were worded in training, where that is known; saved and loaded with the model.
     """
 
     clp_config: CLPConfig
     base_class: type
+    prompt_template: PromptTemplate | None
     _active: ActiveConditioning
     _kernel_backend: str
     _batch_invariant: bool
@@ -224,7 +227,8 @@ class CLPModel(WeightedGeneration, StoredModel):
     @staticmethod
     def own_attributes() -> tuple[str, ...]:
         """Names of what conditioning sets on the model object."""
-        return "clp_config", "_active", "_kernel_backend", "_batch_invariant", "_said_default", "_isolates"
+        settings = ("_kernel_backend", "_batch_invariant", "_said_default", "_isolates")
+        return "clp_config", "prompt_template", "_active", *settings
 
     def set_kernel_backend(self, name: str, batch_invariant: bool = False) -> None:
         """Choose how this model's conditioned layers are computed.
