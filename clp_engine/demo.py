@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 import clp_engine as clp
-from clp_engine.data.docstrings import load_docstring_pairs
+from clp_engine.data.docstrings import PROMPT_TEMPLATE, load_docstring_pairs
 from clp_engine.data.smollm2 import ensure_smollm2
 from clp_engine.evaluation import BasePolicy, Front, plot_fronts, results, side_by_side, sweep, table
 from clp_engine.rewards import Brevity, Closeness
@@ -167,6 +167,7 @@ def _trainer(
 
     config = clp.CLPConfig(rewards=REWARDS, min_kl_weight=settings.kl_weight)
     model = clp.get_clp_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.prompt_template = PROMPT_TEMPLATE
     args = CLPTrainingConfig(
         output_dir=str(folder),
         seed=seed,

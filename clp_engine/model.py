@@ -18,6 +18,7 @@ from clp_engine.conditioning import ActiveConditioning, ConditionedCheckpoint, C
 from clp_engine.config import CLPConfig
 from clp_engine.generation import WeightedGeneration, cache_of, check_cache, tag_cache
 from clp_engine.layers import CLPLayer, conditioned_layers
+from clp_engine.prompt_template import PromptTemplate
 from clp_engine.storage import StoredModel
 from clp_engine.targets import condition_modules
 from clp_engine.weighting import KLWeight, RewardWeights
@@ -65,7 +66,8 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     plain_class: Any = type(model)
     conditioned.__class__ = _conditioned_class(plain_class)
     conditioned.clp_config, conditioned._active = config, active
-    conditioned._kernel_backend, conditioned._said_default, conditioned._isolates = "auto", False, {}
+    conditioned._kernel_backend, conditioned._batch_invariant = "auto", False
+    conditioned._said_default, conditioned._isolates, conditioned.prompt_template = False, {}, None
     if "_old_forward" in vars(model):  # accelerate's hook runs it in the forward's place, under its signature
         conditioned._old_forward = type(conditioned).forward.__get__(conditioned)
         functools.update_wrapper(conditioned.forward, conditioned._old_forward)
@@ -108,12 +110,15 @@ class CLPModel(WeightedGeneration, StoredModel):
     Attributes:
         clp_config: what the model is conditioned on.
         base_class: the plain model's class.
+        prompt_template: how prompts were worded in training, where that is known; saved and loaded with the model.
     """
 
     clp_config: CLPConfig
     base_class: type
+    prompt_template: PromptTemplate | None
     _active: ActiveConditioning
     _kernel_backend: str
+    _batch_invariant: bool
     _said_default: bool
     _isolates: dict[str, bool]
 
@@ -184,7 +189,8 @@ class CLPModel(WeightedGeneration, StoredModel):
                 f"each sequence: those of {list(config.copy_names)}{lambda_too}"
             )
         accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
-        record = Conditioning.from_rows(coefficients_BC.to(accumulator), self._kernel_backend, config.num_copies)
+        c_BC = coefficients_BC.to(accumulator)
+        record = Conditioning.from_rows(c_BC, self._kernel_backend, config.num_copies, self._batch_invariant)
         return record.to(self.device)  # type: ignore[attr-defined]
 
     def coefficients(
@@ -221,14 +227,22 @@ class CLPModel(WeightedGeneration, StoredModel):
     @staticmethod
     def own_attributes() -> tuple[str, ...]:
         """Names of what conditioning sets on the model object."""
-        return "clp_config", "_active", "_kernel_backend", "_said_default", "_isolates"
+        settings = ("_kernel_backend", "_batch_invariant", "_said_default", "_isolates")
+        return "clp_config", "prompt_template", "_active", *settings
 
-    def set_kernel_backend(self, name: str) -> None:
-        """Choose the operators' back-end for this model: "auto", "reference", "cpp", "triton" or "cuda".
+    def set_kernel_backend(self, name: str, batch_invariant: bool = False) -> None:
+        """Choose how this model's conditioned layers are computed.
+
+        Args:
+            name: the operators' back-end: "auto", "reference", "cpp", "triton" or "cuda".
+            batch_invariant: True gives a row of a conditioned layer's output the same bits whatever else is in the
+                batch, at some cost; then `kl_weight=1.0` is the reference model to rounding instead of bit for bit. For
+                the layers between them (attention, all that is not conditioned) torch promises no such thing.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: an unknown name, or a back-end that cannot keep a row's bits.
             RuntimeError: that back-end is missing here; the message says why.
+            NotImplementedError: `batch_invariant` with a layer whose output torch's GEMM has part in.
         """
         backends = available_backends()
         if name != "auto" and name not in backends:
@@ -238,7 +252,9 @@ class CLPModel(WeightedGeneration, StoredModel):
         for layer in conditioned_layers(self).values():  # type: ignore[arg-type]
             if layer.added and layer.operator != "mixed_linear" and name in ("triton", "cuda"):
                 raise ValueError(f"{layer.operator}, which {layer.clp.path} calls, has no {name!r} form: use 'auto'")
-        self._kernel_backend = name
+            if layer.added and batch_invariant:
+                layer.check_batch_invariant(layer.auto_backend() if name == "auto" else name)
+        self._kernel_backend, self._batch_invariant = name, batch_invariant
 
     def kernel_backend(self) -> str:
         """The back-end that the first conditioned layer takes now; what "auto" resolves to."""

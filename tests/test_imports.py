@@ -15,7 +15,7 @@ SOURCES = sorted([*(ROOT / "clp_engine").rglob("*.py"), *(ROOT / "kernels").rglo
 # Each row may import from itself and from the rows above it. A module that no row names fails: give it a place.
 ORDER = (
     ("clp_kernels",),
-    ("clp_engine.weighting", "clp_engine.config", "clp_engine.extras"),
+    ("clp_engine.weighting", "clp_engine.config", "clp_engine.prompt_template", "clp_engine.extras"),
     (
         "clp_engine.conditioning",
         "clp_engine.layers",

@@ -2,7 +2,7 @@
 
 from clp_engine.checkpoint.fingerprint import base_fingerprint
 from clp_engine.checkpoint.hub import find, is_conditioned, push
-from clp_engine.checkpoint.loading import load, load_copies, verify
+from clp_engine.checkpoint.loading import load, load_copies, read_prompt_template, verify
 from clp_engine.checkpoint.manifest import CONFIG_FILE, FORMAT_VERSION, Manifest
 from clp_engine.checkpoint.saving import save
 
@@ -16,6 +16,7 @@ __all__ = [
     "load",
     "load_copies",
     "push",
+    "read_prompt_template",
     "save",
     "verify",
 ]

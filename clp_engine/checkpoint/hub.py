@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clp_engine.checkpoint import card
-from clp_engine.checkpoint.manifest import CONFIG_FILE
+from clp_engine.checkpoint.manifest import CONFIG_FILE, PROMPT_TEMPLATE_FILE
 from clp_engine.checkpoint.saving import save
 
 _OUR_TENSOR_FILES = "clp_model*.safetensors"
@@ -39,10 +39,9 @@ def find(path: str | Path, revision: str | None = None, options: Mapping[str, An
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     chosen = {name: value for name, value in (options or {}).items() if name in DOWNLOAD_OPTIONS}
+    ours = [CONFIG_FILE, PROMPT_TEMPLATE_FILE, _OUR_TENSOR_FILES]
     try:
-        folder = snapshot_download(
-            str(path), revision=revision, allow_patterns=[CONFIG_FILE, _OUR_TENSOR_FILES], **chosen
-        )
+        folder = snapshot_download(str(path), revision=revision, allow_patterns=ours, **chosen)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"no conditioned model at {path}: not a folder here, and no hub repository") from error
     if not is_conditioned(folder):
@@ -75,7 +74,7 @@ def push(
             revision=revision,
             create_pr=create_pr,
             ignore_patterns=[] if _may_write_card(api, repo_id, revision) else [card.CARD_FILE],
-            delete_patterns=[_OUR_TENSOR_FILES],  # of the last push: names carry hashes
+            delete_patterns=[_OUR_TENSOR_FILES, PROMPT_TEMPLATE_FILE],  # of the last push: names carry hashes
         )
 
 

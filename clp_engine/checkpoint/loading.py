@@ -15,12 +15,21 @@ from torch import nn
 
 from clp_engine.checkpoint import hub
 from clp_engine.checkpoint.fingerprint import base_dtype, base_fingerprint
-from clp_engine.checkpoint.manifest import CONFIG_FILE, REMEDY, Manifest, file_hash, read_manifest, tensor_records
+from clp_engine.checkpoint.manifest import (
+    CONFIG_FILE,
+    PROMPT_TEMPLATE_FILE,
+    REMEDY,
+    Manifest,
+    file_hash,
+    read_manifest,
+    tensor_records,
+)
 from clp_engine.checkpoint.saving import check_finite
-from clp_engine.checkpoint.strict_json import shown
+from clp_engine.checkpoint.strict_json import decode, read_object, shown
 from clp_engine.layers import conditioned_layers, named_copies
 from clp_engine.model import get_clp_model
 from clp_engine.pretrained import load_by_name
+from clp_engine.prompt_template import PromptTemplate
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -57,7 +66,7 @@ def load(
 ) -> Any:
     """Read what `saving.save` wrote; see `CLPModel.from_pretrained`."""
     directory = hub.find(path, revision, kwargs)
-    manifest = verify(directory)
+    manifest, prompt_template = verify(directory), read_prompt_template(directory)
     base = _load_base(base_model, manifest, directory, **kwargs)
     _check_base(base, manifest, directory)
     try:
@@ -68,9 +77,20 @@ def load(
     model = get_clp_model(base, manifest.config)
     _take_precision(model, manifest)
     _fill(model, manifest, directory)
+    model.prompt_template = prompt_template
     if not is_trainable:
         model.requires_grad_(False)
     return model.train(is_trainable)
+
+
+def read_prompt_template(directory: Path) -> PromptTemplate | None:
+    """How the prompts of `directory`'s model were worded in training; None where it does not say.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = directory / PROMPT_TEMPLATE_FILE
+    return decode(read_object(path), PromptTemplate, str(path)) if path.exists() else None
 
 
 def load_copies(model: Any, directory: Path) -> None:

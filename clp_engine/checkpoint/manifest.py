@@ -4,6 +4,7 @@
     clp_model-<hash>.safetensors `<module path>.<parameter>.<copy name>` -> tensor, in its own precision; in shards
                                  `clp_model-00001-of-00003-<hash>.safetensors` above a size
     README.md                    model card, outside the manifest: its owner may edit it
+    prompt_template.json         how prompts were worded in training, where that is known; likewise
 
 A tensor file's name carries the start of its SHA-256, so that a new one never takes the place of one that the manifest
 on disk still names.
@@ -29,6 +30,7 @@ from clp_engine.config import CLPConfig
 
 FORMAT_VERSION = 2
 CONFIG_FILE = "clp_config.json"
+PROMPT_TEMPLATE_FILE = "prompt_template.json"
 VERSION_1_WEIGHTS_FILE = "clp_model.safetensors"
 HASH_IN_NAME = 16
 TENSOR_FILE = re.compile(rf"clp_model(-\d{{5}}-of-\d{{5}})?-[0-9a-f]{{{HASH_IN_NAME}}}\.safetensors")

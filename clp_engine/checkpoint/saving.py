@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ from safetensors.torch import save_file
 from clp_engine.checkpoint import card
 from clp_engine.checkpoint.fingerprint import base_dtype, base_fingerprint
 from clp_engine.checkpoint.folder_update import FolderUpdate, updating
-from clp_engine.checkpoint.manifest import CONFIG_FILE, HASH_IN_NAME, FileRecord, Manifest, file_record
+from clp_engine.checkpoint.manifest import (
+    CONFIG_FILE,
+    HASH_IN_NAME,
+    PROMPT_TEMPLATE_FILE,
+    FileRecord,
+    Manifest,
+    file_record,
+)
 from clp_engine.layers import named_copies
 
 
@@ -22,7 +31,7 @@ def save(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write `model`'s copies, config and model card to `directory`, over an older checkpoint or not.
+    """Write `model`'s copies, config, prompt template and model card to `directory`, over an older checkpoint or not.
 
     A kill at any moment leaves the old or the new one. Two saves to one folder at once wait for each other where the
     file system has locks.
@@ -52,6 +61,10 @@ def save(
         )
         update.put_text(manifest.to_json(), CONFIG_FILE)
         update.sync()
+        if model.prompt_template is None:
+            (directory / PROMPT_TEMPLATE_FILE).unlink(missing_ok=True)
+        else:
+            update.put_text(json.dumps(asdict(model.prompt_template), indent=1) + "\n", PROMPT_TEMPLATE_FILE)
         if card.may_write(directory):
             update.put_text(card.text(manifest), card.CARD_FILE)
 

@@ -14,7 +14,11 @@ _DESCRIPTION = """Complete prompts with a steerable model, under one weighting o
 examples:
   clp generate runs/demo/model --prompt "some text" --weights closeness=.7 brevity=.3
   clp generate runs/demo/model --prompt "some text" --weights closeness=1 brevity=0 --weights closeness=0 brevity=1
-  clp generate runs/demo/model --prompt_file prompts.txt --kl_weight 1        (1: the reference model)"""
+  clp generate runs/demo/model --prompt_file prompts.txt --kl_weight 1        (1: the reference model)
+
+Prompts are worded as in training where the model's folder says how (prompt_template.json: `clp demo` and `clp train` on
+docstrings write it): only the text is given then, the system message and the instruction are the template's. --raw
+takes the prompts as they are."""
 
 
 def run(argv: Sequence[str]) -> None:
@@ -49,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="apply the chat template, or not (default: if the tokenizer has one)",
     )
-    text.add_argument("--system_prompt", metavar="TEXT", help="system message in front of each chat prompt")
+    text.add_argument("--raw", action="store_true", help="leave out the model's own prompt template")
+    text.add_argument(
+        "--system_prompt", metavar="TEXT", help="system message of each chat prompt, in place of the template's"
+    )
     steering = parser.add_argument_group("steering")
     steering.add_argument(
         "--weights",
@@ -89,11 +96,7 @@ def _complete(
 
     from clp_engine.rollout import encode_prompts, pad_token_id
 
-    use_chat = tokenizer.chat_template is not None if options.chat is None else options.chat
-    if use_chat and tokenizer.chat_template is None:
-        raise ValueError("--chat: the tokenizer has no chat template, use --no-chat")
-    system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    rows = [[*system, {"role": "user", "content": prompt}] if use_chat else prompt for prompt in prompts]
+    rows = _worded(model, tokenizer, prompts, options)
     ids, mask = encode_prompts(tokenizer, rows * len(weightings))
     named = [weights for weights in weightings for _ in prompts]
     sampling = {"temperature": options.temperature, "top_k": 0, "top_p": 1.0} if options.do_sample else {}
@@ -110,6 +113,22 @@ def _complete(
             **sampling,
         )
     return tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+def _worded(model: Any, tokenizer: Any, prompts: list[str], options: argparse.Namespace) -> list[Any]:
+    """Each prompt as the model gets it: messages, in the words of its training where those are known, or bare text."""
+    template = None if options.raw else model.prompt_template
+    has_chat = tokenizer.chat_template is not None
+    use_chat = has_chat or template is not None if options.chat is None else options.chat
+    if use_chat and not has_chat:
+        raise ValueError("the tokenizer has no chat template: use --no-chat, which takes the prompts as they are")
+    if not use_chat:
+        return list(prompts)
+    rows = [[{"role": "user", "content": prompt}] if template is None else template.fill(prompt) for prompt in prompts]
+    if options.system_prompt is None:
+        return rows
+    system = {"role": "system", "content": options.system_prompt}
+    return [[system, *(message for message in row if message["role"] != "system")] for row in rows]
 
 
 def _label(weights: dict[str, float] | None, kl_weight: float | None) -> str:

@@ -29,11 +29,12 @@ def run(argv: Sequence[str]) -> None:
     directory = checkpoint.find(options.model)
     manifest = checkpoint.verify(directory)
     print(f"{options.model}: verified")
-    for name, value in _lines(manifest):
+    template = checkpoint.read_prompt_template(directory)
+    for name, value in _lines(manifest, template):
         print(f"  {name:<18} {value}")
 
 
-def _lines(manifest: Any) -> Iterator[tuple[str, str]]:
+def _lines(manifest: Any, template: Any) -> Iterator[tuple[str, str]]:
     config = manifest.config
     hashes = "" if manifest.format_version > 1 else ", which has no hashes: save again to have them"
     yield "format version", f"{manifest.format_version}{hashes}"
@@ -44,6 +45,8 @@ def _lines(manifest: Any) -> Iterator[tuple[str, str]]:
     for field, value in config.to_dict().items():
         if field != "rewards" and value is not None:
             yield field, str(value)
+    if template is not None:
+        yield "prompt template", str(template.messages)
     families = manifest.sizes_by_family()
     dtypes = ", ".join(sorted({tensor.dtype for tensor in manifest.tensors.values()}))
     total = sum(size for _, size in families.values())

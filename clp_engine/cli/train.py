@@ -60,7 +60,7 @@ def run(argv: Sequence[str]) -> None:
     if options.min_kl_weight is None and training.kl_weight > 0:
         options.min_kl_weight = training.kl_weight  # the trained policy then answers to its own KL weight
     config = _clp_config(options, list(reward_funcs))
-    from clp_engine.data import load_dataset_rows
+    from clp_engine.data import load_dataset_rows, prompt_template
     from clp_engine.model import get_clp_model
     from clp_engine.training import CLPTrainer
     from clp_engine.training.trainer import check_output_dir
@@ -70,6 +70,7 @@ def run(argv: Sequence[str]) -> None:
     rows = load_dataset_rows(options.dataset_name, options.dataset_train_split)
     model, tokenizer = loading.load_base_model(options.model_name_or_path, options.dtype)
     model = get_clp_model(model, config)
+    model.prompt_template = prompt_template(options.dataset_name)
     model.print_trainable_parameters()
     trainer = CLPTrainer(
         model=model, args=training, train_dataset=rows, processing_class=tokenizer, reward_funcs=reward_funcs

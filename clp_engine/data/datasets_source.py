@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clp_engine.data.docstrings import load_docstring_pairs
+from clp_engine.data.docstrings import PROMPT_TEMPLATE, load_docstring_pairs
 from clp_engine.extras import require
+from clp_engine.prompt_template import PromptTemplate
 
 EMBEDDED = "docstrings"
 _FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -32,7 +33,7 @@ def load_dataset_rows(source: str, split: str = "train", limit: int | None = Non
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, got {limit}")
     path = Path(source).expanduser()
-    if source == EMBEDDED and not path.exists():
+    if _is_embedded(source):
         if split not in ("train", "test"):
             raise ValueError(f"split of {EMBEDDED!r} must be 'train' or 'test', got {split!r}")
         return load_docstring_pairs("train" if split == "train" else "test", limit=limit)
@@ -46,6 +47,15 @@ def load_dataset_rows(source: str, split: str = "train", limit: int | None = Non
         rows = _read_hub(source, split)
     _check_prompts(source, rows)
     return rows[:limit]
+
+
+def prompt_template(source: str) -> PromptTemplate | None:
+    """How the prompts of a data set are worded, where that is known: of the embedded one."""
+    return PROMPT_TEMPLATE if _is_embedded(source) else None
+
+
+def _is_embedded(source: str) -> bool:
+    return source == EMBEDDED and not Path(source).exists()
 
 
 def _read_file(path: Path) -> list[dict[str, Any]]:

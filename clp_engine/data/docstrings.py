@@ -24,10 +24,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clp_engine.data.docstring_text import normalised_words, summary_and_body, word_ngrams
+from clp_engine.prompt_template import PromptTemplate
 
-SYSTEM_MESSAGE = "Be brief."
-# Behind the text, and for fewer words: asked before it for a summary, the small model mostly copies the text.
-INSTRUCTION = "{body}\n\nSay this in fewer words."
+# The instruction stands behind the text and asks for fewer words: asked before it for a summary, the small model mostly
+# copies the text. The system message is two words because SmolLM2's chat template otherwise puts a long one in front.
+PROMPT_TEMPLATE = PromptTemplate(
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "{prompt}\n\nSay this in fewer words."},
+    ]
+)
 SEED = 10
 MAX_PAIRS = {"train": 3000, "test": 300}
 MAX_FILE_BYTES = 60_000
@@ -82,14 +88,8 @@ def load_docstring_pairs(
 
 
 def build_prompt(body: str) -> list[dict[str, str]]:
-    """Return the conversational prompt that asks to say `body` in fewer words.
-
-    The system message is two words because SmolLM2's chat template otherwise puts a long one of its own in front.
-    """
-    return [
-        {"role": "system", "content": SYSTEM_MESSAGE},
-        {"role": "user", "content": INSTRUCTION.format(body=body)},
-    ]
+    """Return the conversational prompt that asks to say `body` in fewer words."""
+    return PROMPT_TEMPLATE.fill(body)
 
 
 def python_roots() -> list[Path]:

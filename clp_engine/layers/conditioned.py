@@ -86,6 +86,29 @@ class CLPLayer(nn.Module):
         device = next(iter(parameters.values())).device
         return resolve("auto", OperatorCall(self.operator, device.type, dtypes))
 
+    def is_batch_invariant(self) -> bool:
+        """Whether the operators, or torch row by row, make all of its output: then `batch_invariant` holds for it."""
+        return True
+
+    def check_batch_invariant(self, backend: str) -> None:
+        """Refuse what cannot keep a row's bits whatever else is in the batch.
+
+        Raises:
+            NotImplementedError: the layer's own forward has part in its output.
+            ValueError: the operator runs on the reference back-end.
+        """
+        torch_does_not = "torch's GEMM sums a row in an order that depends on the number of rows"
+        if not self.is_batch_invariant():
+            raise NotImplementedError(
+                f"batch_invariant=True: {self.clp.path} ({self.plain_class.__name__}) runs its own forward beside the "
+                f"copies, and {torch_does_not}; it holds for copies of nn.Linear, embeddings and norms"
+            )
+        if backend == "reference":
+            raise ValueError(
+                f"batch_invariant=True: {self.operator}, which {self.clp.path} calls, runs on the reference back-end "
+                f"here, and {torch_does_not}; leave it out, or choose a device and dtype that another back-end takes"
+            )
+
     def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """Views of everything that conditioning added, by their names on disk (`weight.helpful`, `lora_A.short`).
 

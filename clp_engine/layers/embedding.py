@@ -62,6 +62,7 @@ class DeltaEmbedding(_Embedding):
             row_map=record.row_map(ids.shape),
             padding_idx=self.padding_idx,
             backend=record.backend,
+            batch_invariant=record.batch_invariant,
         )
 
 
@@ -74,13 +75,19 @@ class RelativeBiasEmbedding(_Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Look up buckets [Q, J]; [Q, J, B * H] with sequences outermost, [Q, J, H] where all are the reference."""
         record = self.record(input.device)
-        base_QJH = super().forward(input)
         if record.is_reference:
-            return base_QJH
-        copies_QJKH = F.embedding(input, self.deltas.flatten(1)).unflatten(-1, self.deltas.shape[1:])
-        c_BK = record.columns(self.clp.shared)[record.rows_B.long()]
-        mixed_QJBH = base_QJH.unsqueeze(2) + torch.einsum("bk,qjkh->qjbh", c_BK, copies_QJKH)
-        return mixed_QJBH.to(base_QJH.dtype).flatten(2)
+            return super().forward(input)
+        shape = len(self.weight), len(record.rows_B)  # a table of few buckets: mixed whole for each sequence
+        mixed_VBH = mixed_embedding(
+            torch.arange(shape[0], device=input.device)[:, None].expand(shape),
+            self.weight,
+            self.deltas,
+            record.columns(self.clp.shared),
+            row_map=record.rows_B.expand(shape),
+            backend=record.backend,
+            batch_invariant=record.batch_invariant,
+        )
+        return F.embedding(input, mixed_VBH.flatten(1))
 
 
 class PerSequenceBias(CLPLayer):

@@ -91,14 +91,19 @@ class DeltaLinear(DeltaLayer):
             bias_deltas=self.bias_deltas,
             row_map=record.row_map(x.shape[:-1]),
             backend=record.backend,
+            batch_invariant=record.batch_invariant,
         )
         return y_mixed if fused else super().forward(x) + y_mixed
+
+    def is_batch_invariant(self) -> bool:
+        """No where another class's forward gives the base term."""
+        return runs_fused(self)
 
     def auto_backend(self) -> str:
         """The operators' back-end that "auto" takes for this layer."""
         weight: torch.Tensor = self.weight  # type: ignore[assignment]
         x_1D = torch.empty(1, self.deltas.shape[2], dtype=weight.dtype, device=weight.device)
-        c_K = torch.zeros(self.deltas.shape[1], device=weight.device)
+        c_K = torch.zeros(self.deltas.shape[1], dtype=widened(x_1D).dtype, device=weight.device)
         return backend_for(x_1D, weight if runs_fused(self) else None, self.deltas, c_K, bias_deltas=self.bias_deltas)
 
     def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -59,8 +59,13 @@ class LowRankLinear(CLPLayer):
             self.bias if fused else None,  # type: ignore[arg-type]
             row_map=record.row_map(x.shape[:-1]),
             backend=record.backend,
+            batch_invariant=record.batch_invariant,
         )
         return adapted if fused else super().forward(x) + adapted
+
+    def is_batch_invariant(self) -> bool:
+        """No where another class's forward gives the base term."""
+        return runs_fused(self)
 
     def _row_gates(self, record: Conditioning) -> torch.Tensor:
         return self.gates(record.coefficients_SK, record.columns(shared=True))

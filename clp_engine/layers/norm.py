@@ -70,6 +70,7 @@ class DeltaNorm(DeltaLayer):
             eps=self.arithmetic.eps,
             kind=self.arithmetic.kind,
             backend=record.backend,
+            batch_invariant=record.batch_invariant,
         )
         return y + steered.to(y.dtype)
 

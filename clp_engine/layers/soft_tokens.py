@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition, copies_dtype, device_of
-from clp_kernels import mixed_linear
+from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition, copies_dtype, device_of, widened
+from clp_kernels import backend_for, mixed_linear
 
 
 class SoftTokenAttention(CLPLayer):
@@ -55,6 +55,15 @@ class SoftTokenAttention(CLPLayer):
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         first = first + steered.to(first.dtype)
         return (first, *outputs[1:]) if isinstance(outputs, tuple) else first
+
+    def auto_backend(self) -> str:
+        """The operators' back-end that "auto" takes for this layer."""
+        scores_1m = self.soft_keys.new_empty(1, len(self.soft_keys))
+        return backend_for(scores_1m, None, self.soft_values, widened(self.soft_values[0, :, 0]))
+
+    def is_batch_invariant(self) -> bool:
+        """No: the block's own attention and linear layers are the plain model's."""
+        return False
 
     def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """`soft_keys.shared` [m, D] and `soft_values.<copy>` [D, m]."""

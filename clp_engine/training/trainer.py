@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from clp_engine import checkpoint
 from clp_engine.logprobs import shares_prompts_exactly, token_logprobs
@@ -26,6 +27,7 @@ from clp_engine.training.objective import (
     reinforce_loss,
     scalarise,
 )
+from clp_engine.training.resumption import ResumedState
 from clp_engine.training.reward_statistics import RewardStatistics, measure_reference, score_rollout
 from clp_engine.training.weighting_sampler import WeightingSampler
 from clp_engine.weighting import reward_weights_tensor
@@ -50,7 +52,8 @@ class CLPTrainer(Trainer):
         processing_class: the tokenizer; None loads it from the model's name or path.
         reward_funcs: dict name -> function, or a list matched to the config's rewards by `__name__`.
         callbacks: transformers callbacks.
-        reward_statistics: fixed statistics; None measures them on the reference policy when training starts.
+        reward_statistics: fixed statistics; None measures them on the reference policy when training starts, or takes
+            those of the checkpoint that it resumes from.
 
     Raises:
         TypeError: the model is not conditioned.
@@ -118,12 +121,27 @@ class CLPTrainer(Trainer):
 
         Raises:
             FileExistsError: output_dir holds another run and this is no resume.
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: its clp_trainer_state.json is damaged.
         """
-        if not resume_from_checkpoint:
+        if resume_from_checkpoint:
+            self._resume(resume_from_checkpoint)
+        else:
             check_output_dir(self.args.output_dir or ".")
         if self.reward_statistics is None:
             self.reward_statistics = self.measure_reference()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _resume(self, resume_from_checkpoint: str | bool) -> None:
+        """Take over what the checkpoint says of the weightings drawn and of the rewards' statistics."""
+        latest = resume_from_checkpoint is True
+        found = get_last_checkpoint(self.args.output_dir) if latest else str(resume_from_checkpoint)
+        if found is None or not (folder := Path(found)).is_dir():
+            place = f"no checkpoint in {self.args.output_dir}" if latest else "no such folder"
+            raise FileNotFoundError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {place}")
+        if state := ResumedState.read(folder, self.reward_names, self.args):
+            self._sampler.resume(state.weighting_sampler)
+            self.reward_statistics = self.reward_statistics or state.reward_statistics
 
     def measure_reference(self) -> RewardStatistics:
         """Mean and deviation of each reward over `num_reference_samples` completions of the reference policy."""
@@ -249,6 +267,11 @@ class CLPTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoint.load_copies(self.model if model is None else model, Path(resume_from_checkpoint))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.reward_statistics is not None:
+            ResumedState(self._sampler.state(), self.reward_statistics).write(Path(output_dir), self.args)
 
     def _load_best_model(self) -> None:
         checkpoint.load_copies(self.model, Path(str(self.state.best_model_checkpoint)))

@@ -23,6 +23,7 @@ def low_rank_linear(
     *,
     row_map: Tensor | None = None,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Compute a linear layer plus its low-rank adapters, every rank under the row's own gate.
 
@@ -45,6 +46,9 @@ def low_rank_linear(
         row_map: int32 of shape x.shape[:-1], row of `gates` for each row of x; an expanded view will do.
         backend: "reference", "cpp" or "auto"; None takes the surrounding `backend(...)` block's, else "auto". "triton"
             and "cuda" have no form of this operator.
+        batch_invariant: True gives a row's y and gradient the same bits whatever else is in the batch, for any number
+            of threads: many rows then go 16 at a time through the kernel of few rows, and the gradient copies the
+            weights. The reference back-end refuses it.
 
     Returns:
         [..., N] in x's dtype. Back-end "cpp" adds base and low-rank term in float32 and rounds once; the reference
@@ -63,15 +67,15 @@ def low_rank_linear(
     x_MD = rows.x_MD
     floats = {"x": x, "base": base, "down": down, "up": up}
     dtypes = {field: tensor.dtype for field, tensor in floats.items() if tensor is not None}
-    name = resolve(backend, OperatorCall("low_rank_linear", x.device.type, dtypes))
+    name = resolve(backend, OperatorCall("low_rank_linear", x.device.type, dtypes, batch_invariant))
     tensors = (x, base, down, up, gates, bias)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     arguments = (x_MD, base, down, up, rows.c_SK, rows.row_map_M, bias)
     # As in mixed_linear: an op without an autograd key where nothing needs a gradient, if possible the compiled one.
     if needs_grad:
-        y_MN = low_rank_linear_op(*arguments, name)[0]
-    elif name == "cpp":
+        y_MN = low_rank_linear_op(*arguments, name, batch_invariant)[0]
+    elif name == "cpp" and not batch_invariant:
         y_MN = torch.ops.clp.low_rank_linear_cpu_fwd.default(*arguments, False)[0]
     else:
-        y_MN = low_rank_linear_fwd_op(*arguments, name)
+        y_MN = low_rank_linear_fwd_op(*arguments, name, batch_invariant)
     return y_MN.view(*x.shape[:-1], up.shape[0])

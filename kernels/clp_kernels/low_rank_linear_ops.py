@@ -16,12 +16,13 @@ from torch import Tensor
 from clp_kernels import extension
 
 _library = torch.library.Library("clp", "FRAGMENT")
-_INPUTS = "Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, Tensor row_map, Tensor? bias, str backend"
+_HOW = "str backend, bool batch_invariant=False"
+_INPUTS = f"Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, Tensor row_map, Tensor? bias, {_HOW}"
 _library.define(f"low_rank_linear({_INPUTS}) -> (Tensor y, Tensor shrink)")
 _library.define(f"low_rank_linear_fwd({_INPUTS}) -> Tensor")
 _library.define(
     "low_rank_linear_backward(Tensor dy, Tensor shrink, Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, "
-    "Tensor row_map, bool needs_x, bool needs_base, bool needs_down, bool needs_up, bool needs_gates, str backend) -> "
+    f"Tensor row_map, bool needs_x, bool needs_base, bool needs_down, bool needs_up, bool needs_gates, {_HOW}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -45,8 +46,9 @@ def _forward(
     row_map: Tensor,
     bias: Tensor | None,
     backend: str,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _launcher(backend).forward(x, base, down, up, gates, row_map, bias, True)
+    return _launcher(backend).forward(x, base, down, up, gates, row_map, bias, True, batch_invariant=batch_invariant)
 
 
 @torch.library.impl(_library, "low_rank_linear_fwd", "CompositeExplicitAutograd")
@@ -59,8 +61,10 @@ def _forward_only(
     row_map: Tensor,
     bias: Tensor | None,
     backend: str,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    return _launcher(backend).forward(x, base, down, up, gates, row_map, bias, False)[0]
+    arguments = (x, base, down, up, gates, row_map, bias, False)
+    return _launcher(backend).forward(*arguments, batch_invariant=batch_invariant)[0]
 
 
 @torch.library.impl(_library, "low_rank_linear_backward", "CompositeExplicitAutograd")
@@ -79,9 +83,11 @@ def _backward_op(
     needs_up: bool,
     needs_gates: bool,
     backend: str,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, ...]:
     needs = (needs_x, needs_base, needs_down, needs_up, needs_gates)
-    gradients = _launcher(backend).backward(dy, shrink, x, base, down, up, gates, row_map, needs)
+    arguments = (dy, shrink, x, base, down, up, gates, row_map, needs)
+    gradients = _launcher(backend).backward(*arguments, batch_invariant=batch_invariant)
     # A schema cannot return Tensor?: an empty tensor stands for "not asked for".
     inputs = (x, x if base is None else base, down, up, gates)
     return tuple(t.new_empty(0) if g is None else g for g, t in zip(gradients, inputs, strict=True))
@@ -97,6 +103,7 @@ def _forward_fake(
     row_map: Tensor,
     bias: Tensor | None,
     backend: str,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], up.shape[0]), gates.new_empty(x.shape[0], down.shape[0])
 
@@ -111,6 +118,7 @@ def _forward_only_fake(
     row_map: Tensor,
     bias: Tensor | None,
     backend: str,
+    batch_invariant: bool = False,
 ) -> Tensor:
     return x.new_empty(x.shape[0], up.shape[0])
 
@@ -149,6 +157,7 @@ def _backward_fake(
     needs_up: bool,
     needs_gates: bool,
     backend: str,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, ...]:
     inputs = (x, x if base is None else base, down, up, gates)
     needs = (needs_x, needs_base, needs_down, needs_up, needs_gates)
@@ -156,30 +165,28 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, base, down, up, gates, row_map, bias, backend = inputs
+    x, base, down, up, gates, row_map, bias, backend, batch_invariant = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     # References to the layer's own parameters and input, and the shrink; never the low-rank part of y.
     ctx.save_for_backward(output[1], x, base, down, up, gates, row_map)
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.backend = backend
+    ctx.how = (backend, batch_invariant)
 
 
 def _backward(ctx: Any, dy: Tensor | None, d_shrink: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     shrink, x, base, down, up, gates, row_map = ctx.saved_tensors
-    needs_x, needs_base, needs_down, needs_up, needs_gates, _, needs_bias, _ = ctx.needs_input_grad
+    needs_x, needs_base, needs_down, needs_up, needs_gates, _, needs_bias, *_ = ctx.needs_input_grad
     dy = dy.contiguous()
     needs = (needs_x, needs_base, needs_down, needs_up, needs_gates)
     gradients: tuple[Tensor | None, ...] = (None,) * 5
     if any(needs):
-        found = torch.ops.clp.low_rank_linear_backward(
-            dy, shrink, x, base, down, up, gates, row_map, *needs, ctx.backend
-        )
+        found = torch.ops.clp.low_rank_linear_backward(dy, shrink, x, base, down, up, gates, row_map, *needs, *ctx.how)
         gradients = tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
     d_bias = dy.sum(0, dtype=gates.dtype).to(ctx.bias_dtype) if needs_bias else None
-    return *gradients, None, d_bias, None
+    return *gradients, None, d_bias, None, None
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> NoReturn:

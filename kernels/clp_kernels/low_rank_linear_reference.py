@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clp_kernels.arguments import flatten_low_rank_rows
-from clp_kernels.mixed_linear_reference import sum_by_weighting
+from clp_kernels.mixed_linear_reference import refuse_batch_invariant, sum_by_weighting
 
 
 def low_rank_linear_ref(
@@ -45,11 +45,14 @@ def forward(
     row_map_M: Tensor,
     bias_N: Tensor | None,
     keep_shrink: bool,
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return y_MN in x's dtype, and `x @ down.T` [M, R] in float32, which the backward needs.
 
     y = F.linear(x, base, bias) + ((x @ down.T) * gates) @ up.T
     """
+    refuse_batch_invariant(batch_invariant)
     accumulator = torch.promote_types(x_MD.dtype, torch.float32)
     with torch.autocast(x_MD.device.type, enabled=False):
         shrink_MR = F.linear(x_MD.to(accumulator), down_RD.to(accumulator))
@@ -74,12 +77,15 @@ def backward(
     gates_SR: Tensor,
     row_map_M: Tensor,
     needs: tuple[bool, bool, bool, bool, bool],
+    *,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of x, base, down, up and gates that `needs` asks for, in their dtypes; else None.
 
     d_up = dy.T @ (shrink * gates); d_ranks = dy @ up; d_gates[s] = sum of d_ranks * shrink over weighting s's rows;
     d_down = (d_ranks * gates).T @ x; dx = dy @ base + (d_ranks * gates) @ down; d_base = dy.T @ x
     """
+    refuse_batch_invariant(batch_invariant)
     needs_x, needs_base, needs_down, needs_up, needs_gates = needs
     accumulator = torch.promote_types(dy_MN.dtype, torch.float32)
     dx_MD = d_base_ND = d_down_RD = d_up_NR = d_gates_SR = None

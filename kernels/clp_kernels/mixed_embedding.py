@@ -23,6 +23,7 @@ def mixed_embedding(
     row_map: Tensor | None = None,
     padding_idx: int | None = None,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Look up token ids in an embedding under each position's own mix of K deltas over a frozen base.
 
@@ -42,6 +43,8 @@ def mixed_embedding(
         row_map: int32 of ids' shape, row of `coefficients` for each position; an expanded view will do.
         padding_idx: an id whose positions add nothing to the gradients of base and deltas; negative counts from V.
         backend: "reference", "cpp" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
+        batch_invariant: True refuses the reference back-end, whose bits may depend on the shape of the call; by the
+            C++ back-end a row's are the same whatever else is in the batch, asked for or not.
 
     Returns:
         [..., D] in the base's dtype (in the deltas' where base is None), added in float32. Gradients for base, deltas
@@ -57,7 +60,7 @@ def mixed_embedding(
     """
     p = flatten_positions(ids, base, deltas, coefficients, row_map, padding_idx)
     dtypes = {"deltas": deltas.dtype} if base is None else {"base": base.dtype, "deltas": deltas.dtype}
-    name = resolve(backend, OperatorCall("mixed_embedding", ids.device.type, dtypes))
+    name = resolve(backend, OperatorCall("mixed_embedding", ids.device.type, dtypes, batch_invariant))
     tensors = (base, deltas, coefficients)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     arguments = (p.ids_M, base, deltas, p.c_SK, p.row_map_M)

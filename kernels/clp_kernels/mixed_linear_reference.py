@@ -49,7 +49,7 @@ def forward(
 
     y = F.linear(x, base, bias) + F.linear(c (x) x, deltas.view(N, K * D)) + c @ bias_deltas.T
     """
-    _refuse(batch_invariant)
+    refuse_batch_invariant(batch_invariant)
     accumulator = torch.promote_types(x_MD.dtype, torch.float32)
     # The conditioned part is built negated and subtracted: a product over zero deltas is +0, and y - (+0) keeps the
     # sign of a y of -0.0, which y + (+0) would not.
@@ -76,7 +76,7 @@ def backward_x(
     batch_invariant: bool = False,
 ) -> Tensor:
     """Return dx_MD in dy's dtype: `dy @ base + sum_k c_k * (dy @ deltas[:, k])`."""
-    _refuse(batch_invariant)
+    refuse_batch_invariant(batch_invariant)
     accumulator = torch.promote_types(dy_MN.dtype, torch.float32)
     minus_c_MK = -c_SK.to(accumulator).index_select(0, row_map_M)
     with torch.autocast(dy_MN.device.type, enabled=False):
@@ -105,7 +105,7 @@ def backward_deltas(
     d_deltas = (dy.T @ (c (x) x)).view(N, K, D), added to `main_grad` instead of returned where that is given
     d_c[s, k] = sum of <dy_m, x_m @ deltas[:, k].T> over the rows m of weighting s
     """
-    _refuse(batch_invariant)
+    refuse_batch_invariant(batch_invariant)
     accumulator = torch.promote_types(dy_MN.dtype, torch.float32)
     d_deltas_NKD = d_c_SK = None
     with torch.autocast(dy_MN.device.type, enabled=False):
@@ -122,7 +122,8 @@ def backward_deltas(
     return d_deltas_NKD, d_c_SK
 
 
-def _refuse(batch_invariant: bool) -> None:
+def refuse_batch_invariant(batch_invariant: bool) -> None:
+    """Raise where a call asks for what torch does not promise."""
     if batch_invariant:
         raise ValueError("the reference back-end cannot promise batch_invariant: torch's GEMM orders its sums by shape")
 

@@ -27,6 +27,7 @@ def mixed_norm(
     offset: float = 0.0,
     cast_before_scale: bool = False,
     backend: str | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Compute RMSNorm or LayerNorm under each row's own mix of K deltas of its scale and bias.
 
@@ -53,6 +54,8 @@ def mixed_norm(
         cast_before_scale: round norm(x) to x's dtype before it is scaled. The result is rounded once after that, also
             where there is a bias. In bfloat16, a mix below 2**-9 beside a weight of exactly 1 then rounds back to none.
         backend: "reference", "cpp" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
+        batch_invariant: True refuses the reference back-end, whose bits may depend on the shape of the call; by the
+            C++ back-end a row's are the same whatever else is in the batch, asked for or not.
 
     Returns:
         x.shape in x's dtype. Gradients for every floating argument, in its dtype, reduced in float32; by the C++
@@ -67,7 +70,7 @@ def mixed_norm(
     rows = flatten_norm_rows(x, weight, weight_deltas, coefficients, bias, bias_deltas, row_map, kind)
     parameters = {"x": x, "weight": weight, "weight_deltas": weight_deltas, "bias": bias, "bias_deltas": bias_deltas}
     dtypes = {field: tensor.dtype for field, tensor in parameters.items() if tensor is not None}
-    name = resolve(backend, OperatorCall("mixed_norm", x.device.type, dtypes))
+    name = resolve(backend, OperatorCall("mixed_norm", x.device.type, dtypes, batch_invariant))
     tensors = (x, weight, weight_deltas, coefficients, bias, bias_deltas)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     arguments = (rows.x_MD, weight, weight_deltas, rows.c_SK, rows.row_map_M, bias, bias_deltas)

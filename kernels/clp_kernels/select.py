@@ -39,12 +39,16 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+_ORDER_OF_SUMS = "batch_invariant is True; torch's GEMM sums a row in an order that depends on the number of rows"
+
+
 class OperatorCall(NamedTuple):
     """The same for the other operators, whose forms `FORMS` lists: the floating arguments' dtypes."""
 
     op: str
     device_type: str
     dtypes: Mapping[str, torch.dtype]
+    batch_invariant: bool = False
 
 
 def unsupported_reason(name: str, problem: Problem | OperatorCall) -> str | None:
@@ -63,9 +67,7 @@ def unsupported_reason(name: str, problem: Problem | OperatorCall) -> str | None
     if isinstance(problem, OperatorCall):
         return _unsupported_call(name, problem)
     if name == "reference":
-        if problem.batch_invariant:
-            return "batch_invariant is True; torch's GEMM sums a row in an order that depends on the number of rows"
-        return None
+        return _ORDER_OF_SUMS if problem.batch_invariant else None
     for field, dtype in (("x", problem.x_dtype), ("base", problem.base_dtype), ("deltas", problem.deltas_dtype)):
         if dtype is not None and dtype not in CPP_DTYPES:
             return f"{field} is {dtype}; back-end {name!r} takes {', '.join(map(str, CPP_DTYPES))}"
@@ -78,7 +80,7 @@ def unsupported_reason(name: str, problem: Problem | OperatorCall) -> str | None
 
 def _unsupported_call(name: str, call: OperatorCall) -> str | None:
     if name == "reference":
-        return None
+        return _ORDER_OF_SUMS if call.batch_invariant else None
     if name not in FORMS[call.op]:
         return f"{call.op} has no {name!r} form"
     for field, dtype in call.dtypes.items():

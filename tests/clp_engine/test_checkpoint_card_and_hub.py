@@ -136,10 +136,11 @@ def test_a_hub_id_is_downloaded_and_the_bases_arguments_reach_the_base(model, tm
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     loaded = clp.CLPModel.from_pretrained("owner/steerable", revision="v1", token="secret", dtype="float32")
     assert is_equal(copies_of(loaded), copies_of(model))
+    ours = ["clp_config.json", "prompt_template.json", "clp_model*.safetensors"]
     assert calls == [
         (
             "owner/steerable",
-            {"revision": "v1", "token": "secret", "allow_patterns": ["clp_config.json", "clp_model*.safetensors"]},
+            {"revision": "v1", "token": "secret", "allow_patterns": ours},
         ),
         ("owner/base", {"revision": REVISION, "token": "secret", "dtype": "float32"}),
     ]

@@ -1,11 +1,13 @@
 """Every family of conditioning on every architecture: starts as the plain model, mixes exactly, becomes plain again.
 
-| family      | what one weighting alone must equal                    | collapse |
-| ----------- | ------------------------------------------------------ | -------- |
-| full, attn, logit, pattern | the plain model with that copy added    | yes      |
-| shared      | the same, with the shared part added                   | yes      |
-| lora, svd, pblora | the plain model with that adapter merged         | yes      |
-| soft_tokens | nothing plain: the model attends to its own tokens     | raises   |
+| family      | what one weighting alone must equal                    | collapse | batch_invariant |
+| ----------- | ------------------------------------------------------ | -------- | --------------- |
+| full, attn, logit, pattern | the plain model with that copy added    | yes      | yes             |
+| shared      | the same, with the shared part added                   | yes      | yes             |
+| lora, svd, pblora | the plain model with that adapter merged         | yes      | yes             |
+| soft_tokens | nothing plain: the model attends to its own tokens     | raises   | raises          |
+
+batch_invariant raises for linear layers of a class of their own (GPT-2's Conv1D, Falcon's), whose base term is torch's.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import copy
 import pytest
 import torch
 from architectures import CONFIGS, load
-from tests_support import randomise_deltas
+from tests_support import randomise_deltas, tiny_llama
 
 import clp_engine as clp
 from clp_engine.layers import conditioned_layers
+from clp_kernels import available_backends
 
 REWARDS = ["long", "short"]
 FAMILIES = {
@@ -145,3 +148,73 @@ def _check_generation(model, name):
         for row in range(3):
             alone = model.generate(**prompts(name, slice(row, row + 1)), reward_weights=W[row], **kwargs)
             assert torch.equal(together[row : row + 1], alone)
+
+
+needs_cpp = pytest.mark.skipif(available_backends()["cpp"] is not None, reason="the extension is not built")
+MANY_IDS = torch.randint(2, 32, (8, 5), generator=torch.Generator().manual_seed(0))  # more rows than are streamed
+MANY_W = torch.rand(8, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
+
+
+def changed_rows(model, name):
+    """Conditioned layers in which a row of a mixed batch has other bits than the row alone."""
+    calls, hooks = [], []
+    for path, layer in conditioned_layers(model).items():
+        if layer.added:
+            hooks.append(layer.register_forward_hook(lambda *call, path=path: calls.append((path, *call))))
+    batch = {"input_ids": MANY_IDS, "attention_mask": torch.ones_like(MANY_IDS)}
+    if CONFIGS[name].is_encoder_decoder:
+        batch["decoder_input_ids"] = MANY_IDS.flip(1)[:, :4]
+    with torch.no_grad():
+        model(**batch, reward_weights=MANY_W)
+        for hook in hooks:
+            hook.remove()
+        changed = []
+        for path, layer, (x, *_), out in calls:
+            if path.endswith("relative_attention_bias"):  # [Q, J, B * H]
+                out = out.unflatten(-1, (len(MANY_W), -1)).movedim(2, 0)
+            for row, w in enumerate(MANY_W):
+                x_row = x[row : row + 1] if len(x) == len(MANY_W) else x
+                with model._active.use(model._record(model.coefficients(1, w))):
+                    alone = layer(x_row).reshape(out[row].shape)
+                if not torch.equal(alone, out[row]):
+                    changed.append(path)
+    called = {path for path, *_ in calls}
+    not_called = {path for path, layer in conditioned_layers(model).items() if layer.added and path not in called}
+    assert not_called <= {"shared", "model.shared"}  # the table that encoder and decoder tie theirs to
+    return set(changed)
+
+
+@needs_cpp
+@pytest.mark.parametrize(("family", "name"), CELLS, ids=[f"{family}-{name}" for family, name in CELLS])
+def test_conditioned_layers_keep_a_rows_bits_in_any_batch(family, name):
+    model = condition(load(name), family)
+    assert model.kernel_backend() == "cpp"
+    randomise_deltas(model, std=0.05)
+    of_their_own_class = name in ("gpt2", "falcon") and family != "logit"  # Conv1D, FalconLinear
+    if of_their_own_class or family == "soft_tokens":
+        with pytest.raises(NotImplementedError, match=r"batch_invariant=True: .* runs its own forward"):
+            model.set_kernel_backend("auto", batch_invariant=True)
+        return
+    model.set_kernel_backend("auto", batch_invariant=True)
+    assert not changed_rows(model, name)
+    reference = logits(model, name, kl_weight=1.0)  # a row of the reference is computed as the others are
+    assert torch.allclose(reference, logits(load(name), name), atol=5e-5)
+    if (family, name) == ("lora", "llama"):
+        model.set_kernel_backend("auto")
+        assert changed_rows(model, name), "no row changes anyway: the test shows nothing"
+        with pytest.raises(ValueError, match=r"low_rank_linear, which .* runs on the reference"):
+            model.set_kernel_backend("reference", batch_invariant=True)
+
+
+@needs_cpp
+def test_where_every_layer_is_conditioned_the_logits_keep_their_bits():
+    """What is left to torch there, attention, goes by sequence and head."""
+    model = condition(tiny_llama(hidden_size=256, intermediate_size=512), "full")
+    randomise_deltas(model, std=0.02)
+    model.set_kernel_backend("auto", batch_invariant=True)
+    with torch.no_grad():
+        together = model(MANY_IDS, reward_weights=MANY_W).logits
+        alone = [model(ids[None], reward_weights=w).logits for ids, w in zip(MANY_IDS, MANY_W, strict=True)]
+        assert torch.equal(together, torch.cat(alone))
+        model.set_kernel_backend("auto")
+        assert not torch.equal(model(MANY_IDS, reward_weights=MANY_W).logits, torch.cat(alone))
