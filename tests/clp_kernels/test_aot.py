@@ -1,10 +1,13 @@
-"""The Triton kernels of mixed_linear compile ahead of time for sm_80 and sm_90 as they are launched, without a spill.
+"""The Triton kernels compile ahead of time for sm_80 and sm_90 as they are launched, without a spill.
 
 Run as a program, this file calls the launchers on meta tensors with a recorder in the kernels' place, compiles every
 distinct launch and prints one JSON record per cubin. The tests run it in a child process, because Triton's interpreter
 (which other test modules use) and its compiler do not mix in one process. Results stay in Triton's own cache.
+
+An operator has an entry in KERNELS and a function `record_<operator>`, which calls its launchers as they are called.
 """
 
+import functools
 import json
 import os
 import re
@@ -19,55 +22,70 @@ import pytest
 ARCHITECTURES = (80, 90)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # what one block may use
 MAX_REGISTERS = 255
+# Operator -> its kernels; True: one that multiplies matrices, which 16-bit rows do on the tensor cores.
 KERNELS = {
-    "mixed_product_kernel",
-    "deltas_gradient_kernel",
-    "row_coefficients_gradient_kernel",
-    "weighting_sum_kernel",
+    "mixed_linear": {
+        "mixed_product_kernel": True,
+        "deltas_gradient_kernel": True,
+        "row_coefficients_gradient_kernel": True,
+        "weighting_sum_kernel": False,
+    },
 }
 
 
 class Recorder:
-    """Stands in for a kernel: keeps the signature of each launch instead of launching it."""
+    """Stands in for every kernel: keeps the signature of each launch instead of launching it.
 
-    def __init__(self, kernel: Any, label: str, launches: list[dict[str, Any]]) -> None:
-        self.kernel, self.label, self.launches = kernel, label, launches
+    The label of a launch says in which configuration it was recorded; "bf16" in it, that the rows are bfloat16.
+    """
 
-    def __getitem__(self, grid: Any) -> Any:
-        return self.record
+    def __init__(self, operator: str) -> None:
+        self.operator, self.label = operator, ""
+        self.launches: list[dict[str, Any]] = []
 
-    def record(self, *args: Any, num_warps: int = 4, num_stages: int = 3, **constants: Any) -> None:
+    def record(self, kernel: Any, *args: Any, **named: Any) -> None:
         """Specialises as Triton's launcher does: None and 1 become constants, multiples of 16 are declared as such."""
         from triton.runtime.jit import mangle_type
 
-        values = {**dict(zip(self.kernel.arg_names, args, strict=False)), **constants}
+        constants = {name: value for name, value in named.items() if name in kernel.arg_names}
+        options = {name: value for name, value in named.items() if name not in constants}
+        values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         signature, constexprs, attrs = {}, {}, {}
-        for index, name in enumerate(self.kernel.arg_names):
+        for index, name in enumerate(kernel.arg_names):
             value = values[name]
             is_int = isinstance(value, int) and not isinstance(value, bool)
             if name in constants or value is None or (is_int and value == 1):
                 signature[name], constexprs[(index,)] = "constexpr", value
                 continue
             signature[name] = mangle_type(value)
-            if not is_int or value % 16 == 0:
+            if not isinstance(value, float) and (not is_int or value % 16 == 0):
                 attrs[(index,)] = [["tt.divisibility", 16]]
-        options = {"num_warps": num_warps, "num_stages": num_stages}
+        where = {"operator": self.operator, "kernel": kernel, "label": self.label}
         launch = {"signature": signature, "constexprs": constexprs, "attrs": attrs, "options": options}
-        self.launches.append({"kernel": self.kernel, "label": self.label, **launch})
+        self.launches.append({**where, **launch})
 
 
 def record_launches() -> list[dict[str, Any]]:
-    """Calls the launchers on meta tensors at SmolLM2-135M's attention size, odd sizes and training size included."""
+    """Calls the launchers of every operator with a recorder in place of Triton's own launch."""
+    from triton import JITFunction
+
+    launches: list[dict[str, Any]] = []
+    for operator in KERNELS:
+        recorder = Recorder(operator)
+        JITFunction.__getitem__ = lambda kernel, grid, r=recorder: functools.partial(r.record, kernel)
+        globals()[f"record_{operator}"](recorder)
+        launches += recorder.launches
+    return launches
+
+
+def record_mixed_linear(recorder: Recorder) -> None:
+    """SmolLM2-135M's attention size, odd sizes and training size included."""
     import torch
 
     import clp_kernels.mixed_linear_triton as launchers
 
-    launches: list[dict[str, Any]] = []
-    kernels = {name: getattr(launchers, name) for name in KERNELS}
-
     def call(label: str, M: int, N: int, D: int, x: torch.dtype, deltas: torch.dtype, *, backward: bool) -> None:
-        for name, kernel in kernels.items():
-            setattr(launchers, name, Recorder(kernel, label, launches))
+        recorder.label = label
         x_MD = torch.empty(M, D, dtype=x, device="meta")
         base_ND, deltas_NKD = x_MD.new_empty(N, D), x_MD.new_empty(N, 2, D, dtype=deltas)
         c_SK = x_MD.new_empty(4, 2, dtype=torch.float32)
@@ -85,7 +103,6 @@ def record_launches() -> list[dict[str, Any]]:
     call("training bf16", 1024, 576, 576, bf16, bf16, backward=False)
     call("training bf16, deltas f32", 1024, 576, 576, bf16, f32, backward=True)
     call("training f32", 1024, 576, 576, f32, f32, backward=True)
-    return launches
 
 
 def compile_launch(launch: dict[str, Any], architecture: int) -> dict[str, Any]:
@@ -103,6 +120,7 @@ def compile_launch(launch: dict[str, Any], architecture: int) -> dict[str, Any]:
         dump = subprocess.run([cuobjdump, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dump))
     return {
+        "operator": launch["operator"],
         "kernel": launch["kernel"].__name__,
         "label": launch["label"],
         "architecture": architecture,
@@ -123,8 +141,11 @@ def cubins() -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles_for_both_architectures(cubins: list[dict[str, Any]]) -> None:
-    assert {(cubin["kernel"], cubin["architecture"]) for cubin in cubins} == {
-        (kernel, architecture) for kernel in KERNELS for architecture in ARCHITECTURES
+    assert {(cubin["operator"], cubin["kernel"], cubin["architecture"]) for cubin in cubins} == {
+        (operator, kernel, architecture)
+        for operator, kernels in KERNELS.items()
+        for kernel in kernels
+        for architecture in ARCHITECTURES
     }
 
 
@@ -138,7 +159,7 @@ def test_no_kernel_spills_or_outgrows_the_chip(cubins: list[dict[str, Any]]) -> 
 
 def test_16_bit_rows_run_on_the_tensor_cores(cubins: list[dict[str, Any]]) -> None:
     for cubin in cubins:
-        if "bf16" in cubin["label"] and cubin["kernel"] != "weighting_sum_kernel":
+        if "bf16" in cubin["label"] and KERNELS[cubin["operator"]][cubin["kernel"]]:
             assert cubin["tensor_cores"], cubin
 
 
