@@ -30,6 +30,25 @@ KERNELS = {
         "row_coefficients_gradient_kernel": True,
         "weighting_sum_kernel": False,
     },
+    "low_rank_linear": {
+        "shrink_kernel": True,
+        "expand_kernel": True,
+        "factor_gradient_kernel": True,
+        "weighting_sum_kernel": False,
+    },
+    "mixed_embedding": {
+        "mixed_embedding_kernel": False,
+        "position_sum_kernel": False,
+        "coefficient_terms_kernel": False,
+        "weighting_sum_kernel": False,
+    },
+    "mixed_norm": {
+        "mixed_norm_kernel": False,
+        "input_gradient_kernel": False,
+        "parameter_gradients_kernel": False,
+        "coefficient_terms_kernel": False,
+        "weighting_sum_kernel": False,
+    },
 }
 
 
@@ -48,7 +67,7 @@ class Recorder:
         from triton.runtime.jit import mangle_type
 
         constants = {name: value for name, value in named.items() if name in kernel.arg_names}
-        options = {name: value for name, value in named.items() if name not in constants}
+        options = {"debug": bool(kernel.debug), **{name: named[name] for name in named if name not in constants}}
         values = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         signature, constexprs, attrs = {}, {}, {}
         for index, name in enumerate(kernel.arg_names):
@@ -105,6 +124,81 @@ def record_mixed_linear(recorder: Recorder) -> None:
     call("training f32", 1024, 576, 576, f32, f32, backward=True)
 
 
+def record_low_rank_linear(recorder: Recorder) -> None:
+    """A layer of 4096 features with 64 ranks, of 576 with 16, odd sizes; beside a quantised base: none of its own."""
+    import torch
+
+    import clp_kernels.low_rank_linear_triton as launchers
+
+    def call(label: str, M: int, D: int, R: int, x: torch.dtype, factors: torch.dtype, *, backward: bool) -> None:
+        recorder.label = label
+        x_MD = torch.empty(M, D, dtype=x, device="meta")
+        base_ND = None if "no base" in label else x_MD.new_empty(D, D)
+        down_RD, up_NR = x_MD.new_empty(R, D, dtype=factors), x_MD.new_empty(D, R, dtype=factors)
+        gates_SR, row_map_M = down_RD.new_empty(4, R, dtype=torch.float32), x_MD.new_empty(M, dtype=torch.int32)
+        rest = (base_ND, down_RD, up_NR, gates_SR, row_map_M)
+        y_MN, shrink_MR = launchers.forward(x_MD, *rest, None, backward)
+        if backward:
+            launchers.backward(y_MN, shrink_MR, x_MD, *rest, (True, False, True, True, True))
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    call("decode bf16", 16, 4096, 64, bf16, bf16, backward=False)
+    call("decode bf16, factors f32", 16, 4096, 64, bf16, f32, backward=False)
+    call("decode f32, odd", 3, 33, 5, f32, f32, backward=False)
+    call("small batch bf16, factors f32", 64, 576, 16, bf16, f32, backward=False)
+    call("training bf16, no base", 4096, 4096, 64, bf16, bf16, backward=True)
+    call("training bf16, factors f32", 4096, 4096, 64, bf16, f32, backward=True)
+    call("training f32", 1024, 576, 16, f32, f32, backward=True)
+
+
+def record_mixed_embedding(recorder: Recorder) -> None:
+    """Wide and narrow embeddings, trained with and without `main_grad`, and one without a base at an odd width."""
+    import torch
+
+    import clp_kernels.mixed_embedding_triton as launchers
+
+    def call(label: str, M: int, D: int, dtype: torch.dtype, deltas: torch.dtype, *, main_grad: bool) -> None:
+        recorder.label = label
+        ids_M = torch.empty(M, dtype=torch.int64, device="meta")
+        base_VD = None if "no base" in label else ids_M.new_empty(512, D, dtype=dtype)
+        deltas_VKD = ids_M.new_empty(512, 2, D, dtype=deltas)
+        c_SK, row_map_M = deltas_VKD.new_empty(4, 2, dtype=torch.float32), ids_M.new_empty(M, dtype=torch.int32)
+        dy_MD = launchers.forward(ids_M, base_VD, deltas_VKD, c_SK, row_map_M)
+        buffer = deltas_VKD.new_empty(deltas_VKD.shape, dtype=torch.float32) if main_grad else None
+        launchers.backward(dy_MD, ids_M, deltas_VKD, c_SK, row_map_M, 2, not main_grad, True, True, buffer)
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    call("bf16, deltas f32", 2048, 4096, bf16, f32, main_grad=True)
+    call("bf16", 2048, 576, bf16, bf16, main_grad=False)
+    call("f32, odd, no base", 17, 33, f32, f32, main_grad=False)
+
+
+def record_mixed_norm(recorder: Recorder) -> None:
+    """Llama's norm of 4096 features, of Gemma's and of a head's 128 features, LayerNorm with a bias, an odd width."""
+    import torch
+
+    import clp_kernels.mixed_norm_triton as launchers
+
+    def call(
+        label: str, M: int, D: int, x: torch.dtype, deltas: torch.dtype, *, layer: bool = False, casts: bool = False
+    ) -> None:
+        recorder.label = label
+        x_MD = torch.empty(M, D, dtype=x, device="meta")
+        weight_D, deltas_DK = x_MD.new_empty(D), x_MD.new_empty(D, 4, dtype=deltas)
+        c_SK, row_map_M = x_MD.new_empty(4, 4, dtype=torch.float32), x_MD.new_empty(M, dtype=torch.int32)
+        parameters = (weight_D, deltas_DK, c_SK, row_map_M)
+        bias_D, bias_deltas_DK = (weight_D, deltas_DK) if layer else (None, None)
+        settings = (1e-5, layer, 0.0, casts)
+        dy_MD = launchers.forward(x_MD, *parameters, bias_D, bias_deltas_DK, *settings)
+        launchers.backward(dy_MD, x_MD, *parameters, bias_deltas_DK, *settings, True, True, True, layer, layer, True)
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    call("llama bf16, deltas f32", 4096, 4096, bf16, f32, casts=True)
+    call("narrow bf16", 65536, 128, bf16, bf16)
+    call("layer bf16, deltas f32", 4096, 2048, bf16, f32, layer=True)
+    call("layer f32, odd", 17, 33, f32, f32, layer=True)
+
+
 def compile_launch(launch: dict[str, Any], architecture: int) -> dict[str, Any]:
     """Compiles one recorded launch for one architecture and reads the cubin's resources with Triton's cuobjdump."""
     import triton
@@ -128,6 +222,7 @@ def compile_launch(launch: dict[str, Any], architecture: int) -> dict[str, Any]:
         "stack_bytes": int(used["STACK"]),
         "local_bytes": int(used["LOCAL"]),
         "shared_bytes": compiled.metadata.shared,
+        "asserts": "__assertfail" in compiled.asm["ptx"],
         "tensor_cores": "mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
     }
 
@@ -167,6 +262,11 @@ def test_float32_is_not_rounded_to_tf32(cubins: list[dict[str, Any]]) -> None:
     for cubin in cubins:
         if "bf16" not in cubin["label"]:
             assert not cubin["tensor_cores"], cubin
+
+
+def test_ids_out_of_range_stop_the_embedding(cubins: list[dict[str, Any]]) -> None:
+    for cubin in cubins:
+        assert cubin["asserts"] == (cubin["kernel"] == "mixed_embedding_kernel"), cubin
 
 
 if __name__ == "__main__":
