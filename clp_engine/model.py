@@ -23,6 +23,7 @@ from clp_engine.storage import StoredModel
 from clp_engine.targets import condition_modules
 from clp_engine.weighting import KLWeight, RewardWeights
 from clp_kernels import available_backends
+from clp_kernels.select import FORMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -250,7 +251,7 @@ class CLPModel(WeightedGeneration, StoredModel):
         if name != "auto" and backends[name] is not None:
             raise RuntimeError(f"kernel back-end {name!r} is missing here: {backends[name]}")
         for layer in conditioned_layers(self).values():  # type: ignore[arg-type]
-            if layer.added and layer.operator != "mixed_linear" and name in ("triton", "cuda"):
+            if layer.added and name not in ("auto", "reference", *FORMS[layer.operator]):
                 raise ValueError(f"{layer.operator}, which {layer.clp.path} calls, has no {name!r} form: use 'auto'")
             if layer.added and batch_invariant:
                 layer.check_batch_invariant(layer.auto_backend() if name == "auto" else name)

@@ -37,22 +37,23 @@ def low_rank_linear(
         x: [..., D] float32, bfloat16 or float16. Under autocast x alone is cast. float64 (every argument then) runs on
             the reference back-end.
         base: [N, D] in any of these dtypes, or None where the base term is a module's own forward (a quantised linear).
-            Weights that are not contiguous are copied in each call.
+            Back-end "cpp" copies weights that are not contiguous in each call.
         down: [R, D], in any of these dtypes (float32 beside a 16-bit base is the training default). R may be 0.
         up: [N, R], likewise.
         gates: float32. [R], or one row per leading index of x: [B, R], [B, T, R]; their leading sizes are a prefix of
             x's. With `row_map`: [S, R].
         bias: [N] or None.
         row_map: int32 of shape x.shape[:-1], row of `gates` for each row of x; an expanded view will do.
-        backend: "reference", "cpp" or "auto"; None takes the surrounding `backend(...)` block's, else "auto". "triton"
-            and "cuda" have no form of this operator.
+        backend: "reference", "cpp", "triton" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
+            "cuda" has no form of this operator.
         batch_invariant: True gives a row's y and gradient the same bits whatever else is in the batch, for any number
-            of threads: many rows then go 16 at a time through the kernel of few rows, and the gradient copies the
-            weights. The reference back-end refuses it.
+            of threads. By "cpp" many rows then go 16 at a time through the kernel of few rows, and the gradient copies
+            the weights; "triton" takes one tile and one split for any number of rows. The reference refuses it.
 
     Returns:
-        [..., N] in x's dtype. Back-end "cpp" adds base and low-rank term in float32 and rounds once; the reference
-        rounds a 16-bit base term before (see `low_rank_linear_ref`), and with `base=None` so does the caller's sum.
+        [..., N] in x's dtype. Back-ends "cpp" and "triton" add base and low-rank term in float32 and round once; the
+        reference rounds a 16-bit base term before (see `low_rank_linear_ref`), and with `base=None` so does the
+        caller's sum. Beside 16-bit rows "triton" multiplies float32 operands in TF32.
         Gradients for every floating argument that needs one, in its dtype, reduced in float32; saved for them beyond
         the arguments is `x @ down.T`, [M, R] float32.
 

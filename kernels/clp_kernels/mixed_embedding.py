@@ -35,25 +35,27 @@ def mixed_embedding(
         ids: int64 or int32 of any shape, each in [0, V).
         base: [V, D], or None for an embedding that is the mix of its copies alone. float32, bfloat16 or float16.
             Autocast casts nothing here. float64 (every argument then) runs on the reference back-end.
-        deltas: [V, K, D], the base's dtype, or float32 over a 16-bit base. Contiguous, as the base: another layout is
-            copied in every call. With a `main_grad`, to which the backward adds their gradient, as in `mixed_linear`:
-            it then touches the rows of the ids that occur alone.
+        deltas: [V, K, D], the base's dtype, or float32 over a 16-bit base. With a `main_grad`, to which
+            the backward adds their gradient, as in `mixed_linear`: it then touches rows of the ids that occur alone.
+            Back-end "cpp" copies base and deltas that are not contiguous in each call.
         coefficients: float32. [K], or one row per leading index of ids: [B, K], [B, T, K]; their leading sizes are a
-            prefix of ids.shape. With `row_map`: [S, K]. The C++ back-end does not read a copy whose coefficient is 0.
+            prefix of ids.shape. With `row_map`: [S, K]. The C++ and Triton back-ends do not read a copy whose
+            coefficient is 0.
         row_map: int32 of ids' shape, row of `coefficients` for each position; an expanded view will do.
         padding_idx: an id whose positions add nothing to the gradients of base and deltas; negative counts from V.
-        backend: "reference", "cpp" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
+        backend: "reference", "cpp", "triton" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
+            "cuda" has no form of this operator.
         batch_invariant: True refuses the reference back-end, whose bits may depend on the shape of the call; by the
-            C++ back-end a row's are the same whatever else is in the batch, asked for or not.
+            others a row's are the same whatever else is in the batch, asked for or not.
 
     Returns:
         [..., D] in the base's dtype (in the deltas' where base is None), added in float32. Gradients for base, deltas
         and coefficients, dense, each in its dtype, reduced in float32; by the C++ back-end the same bits for any number
-        of threads.
+        of threads, by the Triton back-end the same bits on every run.
 
     Raises:
         ValueError: an argument that does not fit, by name, with the remedy; a back-end that does not take such ones.
-        IndexError: an id outside [0, V). On a GPU: torch's device-side assertion.
+        IndexError: an id outside [0, V). On a GPU: a device-side assertion.
         RuntimeError: a back-end asked for by name that this process lacks.
 
     Reference: arXiv 2407.15762, section 3 (parameter averaging; here of differences to the reference model).

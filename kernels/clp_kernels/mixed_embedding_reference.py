@@ -88,7 +88,7 @@ def _mix(
 ) -> Tensor:
     _, K, D = deltas_VKD.shape
     padding = None if padding_idx < 0 else padding_idx
-    _check_ids(ids_M, deltas_VKD.shape[0])
+    check_ids(ids_M, deltas_VKD.shape[0])
     dtype = deltas_VKD.dtype if base_VD is None else base_VD.dtype
     accumulator = torch.promote_types(dtype, torch.float32)
     # Built negated and subtracted, with no -0 in it, so that the sign of a base of -0.0 stays: see mixed_linear.
@@ -100,7 +100,8 @@ def _mix(
     return (F.embedding(ids_M, base_VD, padding).to(accumulator) - minus_y_MD).to(dtype)
 
 
-def _check_ids(ids_M: Tensor, V: int) -> None:
+def check_ids(ids_M: Tensor, V: int) -> None:
+    """Raise IndexError for ids on the CPU that are outside [0, V)."""
     # On a GPU the values are unknown here without waiting for it; torch's look-up stops with an assertion there.
     if ids_M.device.type != "cpu" or ids_M.numel() == 0:
         return

@@ -234,7 +234,8 @@ def _check(rows: torch.Tensor, other: torch.Tensor | None, deltas_NKD: torch.Ten
         raise ValueError("Triton's interpreter multiplies bfloat16 as raw bits: use float32 or float16 there")
 
 
-def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the device of `tensor` the one that Triton launches on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -266,7 +267,7 @@ def _launch_product(
         *((0, 0) if bias_deltas_NK is None else bias_deltas_NK.stride()),
     )
     strides = (*a_MR.stride(), *base_strides, *deltas_strides, *c_SK.stride(), *row_map_M.stride(), *bias_strides)
-    with _on_device(a_MR):
+    with on_device(a_MR):
         mixed_product_kernel[grid](
             *tensors,
             *sizes,
@@ -300,7 +301,7 @@ def _launch_deltas_gradient(
     tile = select_gradient_tile(x_MD.dtype)
     grid = (triton.cdiv(N, tile.outs), triton.cdiv(D, tile.reduced), K)
     strides = (*dy_MN.stride(), *x_MD.stride(), *c_SK.stride(), *row_map_M.stride())
-    with _on_device(x_MD):
+    with on_device(x_MD):
         deltas_gradient_kernel[grid](
             *(dy_MN, x_MD, c_SK, row_map_M, d_deltas_NKD),
             *(x_MD.shape[0], N, D, K),
@@ -324,7 +325,7 @@ def _launch_coefficients_gradient(
         return d_c_SK.zero_().to(c_SK.dtype)
     tile = select_gradient_tile(x_MD.dtype)
     partial_PMK = torch.empty((triton.cdiv(N, tile.outs), M, K), dtype=torch.float32, device=x_MD.device)
-    with _on_device(x_MD):
+    with on_device(x_MD):
         row_coefficients_gradient_kernel[(triton.cdiv(M, tile.rows), partial_PMK.shape[0], K)](
             *(dy_MN, x_MD, deltas_NKD, partial_PMK),
             *(M, N, D, K),

@@ -17,7 +17,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _multiply_add(b_a, b_w, b_acc, PRECISION: tl.constexpr):
+def multiply_add(b_a, b_w, b_acc, PRECISION: tl.constexpr):
     """Returns b_acc + b_a @ b_w in float32; operands of two dtypes are widened to float32 first."""
     if b_a.dtype != b_w.dtype:
         b_a = b_a.to(tl.float32)
@@ -26,7 +26,7 @@ def _multiply_add(b_a, b_w, b_acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _stream_product(
+def stream_product(
     p_a_M1,
     p_w_1O,
     m_rows_M1,
@@ -47,7 +47,7 @@ def _stream_product(
         o_reduced = o_reduced.to(tl.int64)
         b_a = tl.load(p_a_M1 + o_reduced[None, :] * stride_a_r, mask=m_rows_M1 & m_reduced[None, :], other=0.0)
         b_w = tl.load(p_w_1O + o_reduced[:, None] * stride_w_r, mask=m_reduced[:, None] & m_outs_1O, other=0.0)
-        b_acc = _multiply_add(b_a, b_w, b_acc, PRECISION)
+        b_acc = multiply_add(b_a, b_w, b_acc, PRECISION)
     return b_acc
 
 
@@ -104,7 +104,7 @@ def mixed_product_kernel(
     b_out = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
     if HAS_BASE:
         p_base = base_ptr + o_outs[None, :] * stride_base_o
-        b_out = _stream_product(
+        b_out = stream_product(
             p_a,
             p_base,
             m_rows[:, None],
@@ -123,7 +123,7 @@ def mixed_product_kernel(
     if HAS_BIAS_DELTAS:
         p_bias_delta = bias_deltas_ptr + o_outs * stride_bias_deltas_n
     for _ in range(num_copies):
-        b_stream = _stream_product(
+        b_stream = stream_product(
             p_a,
             p_delta,
             m_rows[:, None],
@@ -195,7 +195,7 @@ def deltas_gradient_kernel(
         p_x = x_ptr + o_rows[:, None] * stride_x_m + o_ins[None, :] * stride_x_d
         b_x = tl.load(p_x, mask=m_rows[:, None] & m_ins[None, :], other=0.0)
         b_scaled = b_dy.to(tl.float32) * b_c.to(tl.float32)[None, :]
-        b_acc = _multiply_add(b_scaled, b_x, b_acc, PRECISION)
+        b_acc = multiply_add(b_scaled, b_x, b_acc, PRECISION)
     p_out = d_deltas_ptr + (o_outs[:, None] * num_copies + k) * num_ins + o_ins[None, :]
     tl.store(p_out, b_acc.to(d_deltas_ptr.dtype.element_ty), mask=m_outs[:, None] & m_ins[None, :])
 
@@ -235,7 +235,7 @@ def row_coefficients_gradient_kernel(
     m_outs = o_outs < num_outs
     o_rows = o_rows.to(tl.int64)
     o_outs = o_outs.to(tl.int64)
-    b_stream = _stream_product(
+    b_stream = stream_product(
         x_ptr + o_rows[:, None] * stride_x_m,
         deltas_ptr + o_outs[None, :] * stride_deltas_n + k * stride_deltas_k,
         m_rows[:, None],

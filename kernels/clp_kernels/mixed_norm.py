@@ -53,13 +53,15 @@ def mixed_norm(
         offset: added to the mixed weight.
         cast_before_scale: round norm(x) to x's dtype before it is scaled. The result is rounded once after that, also
             where there is a bias. In bfloat16, a mix below 2**-9 beside a weight of exactly 1 then rounds back to none.
-        backend: "reference", "cpp" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
+        backend: "reference", "cpp", "triton" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
+            "cuda" has no form of this operator.
         batch_invariant: True refuses the reference back-end, whose bits may depend on the shape of the call; by the
-            C++ back-end a row's are the same whatever else is in the batch, asked for or not.
+            others a row's are the same whatever else is in the batch, asked for or not.
 
     Returns:
         x.shape in x's dtype. Gradients for every floating argument, in its dtype, reduced in float32; by the C++
-        back-end the same bits for any number of threads. Saved for backward are references to the arguments alone.
+        back-end the same bits for any number of threads, by the Triton back-end on every run. Saved for backward are
+        references to the arguments alone.
 
     Raises:
         ValueError: an argument that does not fit, by name, with the remedy; a back-end that does not take such ones.

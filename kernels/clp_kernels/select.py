@@ -30,12 +30,13 @@ class Problem(NamedTuple):
     batch_invariant: bool = False
 
 
-# Beside the reference. "cuda" has mixed_linear alone.
+# Beside the reference.
 FORMS: Mapping[str, tuple[str, ...]] = {
-    "low_rank_linear": ("cpp",),
-    "mixed_embedding": ("cpp",),
+    "low_rank_linear": ("cpp", "triton"),
+    "mixed_embedding": ("cpp", "triton"),
+    "mixed_linear": ("cpp", "triton", "cuda"),
     "mixed_linear_logprob": ("cpp",),
-    "mixed_norm": ("cpp",),
+    "mixed_norm": ("cpp", "triton"),
 }
 
 
