@@ -34,7 +34,7 @@ class Problem(NamedTuple):
 FORMS: Mapping[str, tuple[str, ...]] = {
     "low_rank_linear": ("cpp",),
     "mixed_embedding": ("cpp",),
-    "mixed_linear_logprob": ("cpp",),
+    "mixed_linear_logprob": ("cpp", "triton"),
     "mixed_norm": ("cpp",),
 }
 

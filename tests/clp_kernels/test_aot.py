@@ -1,4 +1,4 @@
-"""The Triton kernels of mixed_linear compile ahead of time for sm_80 and sm_90 as they are launched, without a spill.
+"""The Triton kernels compile ahead of time for sm_80 and sm_90 as they are launched, without a spill.
 
 Run as a program, this file calls the launchers on meta tensors with a recorder in the kernels' place, compiles every
 distinct launch and prints one JSON record per cubin. The tests run it in a child process, because Triton's interpreter
@@ -25,6 +25,8 @@ KERNELS = {
     "row_coefficients_gradient_kernel",
     "weighting_sum_kernel",
 }
+LOGPROB_KERNELS = {"softmax_partials_kernel", "softmax_kernel", "output_gradient_kernel"}
+SUMS = {"weighting_sum_kernel", "softmax_kernel"}  # nothing is multiplied there
 
 
 class Recorder:
@@ -88,6 +90,41 @@ def record_launches() -> list[dict[str, Any]]:
     return launches
 
 
+def record_mixed_linear_logprob() -> list[dict[str, Any]]:
+    """Calls the launchers of the head at SmolLM2-135M's size, what they share with mixed_linear included."""
+    import torch
+
+    import clp_kernels.mixed_linear_logprob_triton as launchers
+    import clp_kernels.mixed_linear_triton as shared
+    from clp_kernels.mixed_linear_logprob_arguments import Head, Logits, Needs, Targets
+
+    launches: list[dict[str, Any]] = []
+    kernels = {
+        **{(launchers, name): getattr(launchers, name) for name in LOGPROB_KERNELS},
+        **{(shared, name): getattr(shared, name) for name in KERNELS},
+    }
+
+    def call(label: str, M: int, V: int, D: int, x: torch.dtype, deltas: torch.dtype, softcap: float | None) -> None:
+        for (module, name), kernel in kernels.items():
+            setattr(module, name, Recorder(kernel, label, launches))
+        x_MD = torch.empty(M, D, dtype=x, device="meta")
+        row_map_M, rows_M = x_MD.new_empty(M, dtype=torch.int32), x_MD.new_empty(M, dtype=torch.float32)
+        c_SK, ids_M = x_MD.new_empty(4, 2, dtype=torch.float32), x_MD.new_empty(M, dtype=torch.int64)
+        head = Head(x_MD.new_empty(V, D), x_MD.new_empty(V, 2, D, dtype=deltas), c_SK, row_map_M, None, None)
+        arguments = (x_MD, head, Targets(ids_M, -100), Logits(0.7, 1.3, softcap))
+        _, entropy_M, normalizer_M2, _ = launchers.forward(*arguments, True, False)
+        needs = Needs(True, True, True, True, False, False)
+        launchers.backward(*arguments, normalizer_M2, entropy_M, rows_M, rows_M, needs)
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    call("head, few rows bf16, deltas f32", 16, 49152, 576, bf16, f32, None)
+    call("head, training bf16", 1024, 49152, 576, bf16, bf16, None)
+    call("head, training bf16, deltas f32, capped", 1024, 49152, 576, bf16, f32, 30.0)
+    call("head, training f32, capped", 1024, 49152, 576, f32, f32, 30.0)
+    call("head, f32, odd", 3, 35, 33, f32, f32, None)
+    return launches
+
+
 def compile_launch(launch: dict[str, Any], architecture: int) -> dict[str, Any]:
     """Compiles one recorded launch for one architecture and reads the cubin's resources with Triton's cuobjdump."""
     import triton
@@ -124,7 +161,7 @@ def cubins() -> list[dict[str, Any]]:
 
 def test_every_kernel_compiles_for_both_architectures(cubins: list[dict[str, Any]]) -> None:
     assert {(cubin["kernel"], cubin["architecture"]) for cubin in cubins} == {
-        (kernel, architecture) for kernel in KERNELS for architecture in ARCHITECTURES
+        (kernel, architecture) for kernel in KERNELS | LOGPROB_KERNELS for architecture in ARCHITECTURES
     }
 
 
@@ -138,7 +175,7 @@ def test_no_kernel_spills_or_outgrows_the_chip(cubins: list[dict[str, Any]]) -> 
 
 def test_16_bit_rows_run_on_the_tensor_cores(cubins: list[dict[str, Any]]) -> None:
     for cubin in cubins:
-        if "bf16" in cubin["label"] and cubin["kernel"] != "weighting_sum_kernel":
+        if "bf16" in cubin["label"] and cubin["kernel"] not in SUMS:
             assert cubin["tensor_cores"], cubin
 
 
@@ -150,5 +187,5 @@ def test_float32_is_not_rounded_to_tf32(cubins: list[dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
-    recorded = record_launches()
+    recorded = record_launches() + record_mixed_linear_logprob()
     print(json.dumps([compile_launch(launch, architecture) for launch in recorded for architecture in ARCHITECTURES]))
