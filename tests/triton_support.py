@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 import triton
 
-from clp_kernels.mixed_linear_triton import INTERPRETED
+from clp_kernels.launch_triton import INTERPRETED
 
 # Triton decorates its own functions (tl.sum) at its first import, which `import clp_kernels` causes through torch.
 # A variable set after that leaves half of Triton compiled, and every test would fail for the wrong reason.

@@ -13,9 +13,15 @@ import torch
 import triton
 from torch import Tensor
 
-from clp_kernels.launch_triton import check_tensors, sum_by_weighting
+from clp_kernels.launch_triton import (
+    Tile,
+    check_tensors,
+    dot_precision,
+    on_device,
+    select_product_tile,
+    sum_by_weighting,
+)
 from clp_kernels.low_rank_linear_triton_kernels import expand_kernel, factor_gradient_kernel, shrink_kernel
-from clp_kernels.mixed_linear_triton import Tile, dot_precision, on_device, select_product_tile
 
 _PROGRAMS = 128  # enough to fill a GPU; fewer share what is reduced among them
 _SPLIT = 512  # elements of what is reduced, below which a split gains nothing

@@ -12,14 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
-from clp_kernels.launch_triton import check_tensors, sum_by_weighting
+from clp_kernels.launch_triton import check_tensors, on_device, sum_by_weighting
 from clp_kernels.mixed_embedding_reference import check_ids
 from clp_kernels.mixed_embedding_triton_kernels import (
     coefficient_terms_kernel,
     mixed_embedding_kernel,
     position_sum_kernel,
 )
-from clp_kernels.mixed_linear_triton import on_device
 
 
 def select_blocks(num_ins: int) -> tuple[int, int]:

@@ -40,8 +40,8 @@ def mixed_linear_logprob(
     logprob = logprobs.gather(-1, targets[..., None]).squeeze(-1); entropy = -(logprobs.exp() * logprobs).sum(-1)
 
     Neither the forward nor the backward pass makes a [..., V] tensor: both go over the vocabulary in chunks. Logits are
-    float32 and never rounded below it. Where hidden alone needs a gradient, and entropy none, the forward pass forms
-    the gradient as well (one product more) and the backward pass only scales it; else backward makes the logits again.
+    float32 and never rounded below it. Backward makes them again; only where hidden alone needs a gradient, and entropy
+    none, back-end "cpp" forms it in the forward pass instead (one product more), and backward scales it.
 
     The reference policy's log-prob on the same hidden state is one more product: the call without deltas.
 
@@ -63,7 +63,7 @@ def mixed_linear_logprob(
         softcap: > 0 (Gemma), or None.
         return_entropy: False leaves it out, and its cost.
         differentiate_entropy: False where entropy is only reported: it then has no gradient, and costs no product.
-        backend: "reference", "cpp" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
+        backend: "reference", "cpp", "triton" or "auto"; None takes the surrounding `backend(...)` block's, else "auto".
 
     Returns:
         logprob and entropy (or None), hidden.shape[:-1] in float32, in nats. Gradients for every floating argument that

@@ -8,63 +8,23 @@ is not special-cased for that reason). The number of rows chooses the tile, so t
 batch sizes, unless `batch_invariant` asks for one tile. What is rounded where is said in `mixed_linear_triton_kernels`.
 """
 
-import contextlib
-from dataclasses import dataclass
-
 import torch
 import triton
 
+from clp_kernels.launch_triton import (
+    check_tensors,
+    dot_precision,
+    on_device,
+    product_arguments,
+    select_gradient_tile,
+    select_product_tile,
+    sum_by_weighting,
+)
 from clp_kernels.mixed_linear_triton_kernels import (
     deltas_gradient_kernel,
     mixed_product_kernel,
     row_coefficients_gradient_kernel,
-    weighting_sum_kernel,
 )
-
-# Triton chooses its CPU interpreter where a kernel is decorated (TRITON_INTERPRET=1 at the first import), for good.
-INTERPRETED = not isinstance(mixed_product_kernel, triton.JITFunction)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """The block sizes of one launch: rows, outputs and reduced elements of a program, its warps and pipeline depth."""
-
-    rows: int
-    outs: int
-    reduced: int
-    num_warps: int
-    num_stages: int
-
-
-def select_product_tile(num_rows: int, dtype: torch.dtype, batch_invariant: bool = False) -> Tile:
-    """Chooses the tile of x W^T or dy W from the number of rows and the dtype of the rows alone.
-
-    Args:
-        num_rows: M, at least 1.
-        dtype: Dtype of x; float32 takes smaller tiles because its IEEE products run on the scalar units.
-        batch_invariant: One tile for any number of rows: the reduced block sets the order of a row's sum.
-
-    Returns:
-        The tile; no choice of it spills registers on sm_80 or sm_90 (tests/clp_kernels/test_aot.py).
-    """
-    if batch_invariant:
-        num_rows = 128
-    if num_rows <= 16:
-        reduced = 32 if dtype == torch.float32 else 64
-        return Tile(rows=16, outs=32, reduced=reduced, num_warps=4, num_stages=4)
-    if dtype == torch.float32:
-        return Tile(rows=32, outs=64, reduced=32, num_warps=4, num_stages=3)
-    if num_rows <= 128:
-        return Tile(rows=32, outs=64, reduced=64, num_warps=4, num_stages=3)
-    return Tile(rows=64, outs=128, reduced=64, num_warps=8, num_stages=3)
-
-
-def select_gradient_tile(dtype: torch.dtype) -> Tile:
-    """Chooses the tile of d_deltas (outs = rows of the tile's N, reduced = its D) and of the coefficients' gradient."""
-    if dtype == torch.float32:
-        return Tile(rows=32, outs=32, reduced=64, num_warps=4, num_stages=3)
-    return Tile(rows=32, outs=64, reduced=64, num_warps=4, num_stages=3)
 
 
 def forward(
@@ -100,7 +60,7 @@ def forward(
 
     Reference: CLP, arXiv 2407.15762, equation 2 (theta_w = sum_k w_k theta_k).
     """
-    _check(x_MD, base_ND, deltas_NKD)
+    check_tensors({"x": x_MD, "base": base_ND, "deltas": deltas_NKD})
     base_strides = (0, 0) if base_ND is None else base_ND.stride()
     return _launch_product(
         x_MD,
@@ -125,6 +85,8 @@ def backward_x(
     row_map_M: torch.Tensor,
     *,
     batch_invariant: bool = False,
+    adds_to: torch.Tensor | None = None,
+    rows_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Computes the gradient to x: each row of dy times its own mixed weight.
 
@@ -137,6 +99,8 @@ def backward_x(
         c_SK: As in `forward`.
         row_map_M: As in `forward`.
         batch_invariant: As in `forward`.
+        adds_to: Contiguous [M, D]; where given, dx is added to it and it is returned.
+        rows_dtype: Dtype of x where dy is wider: float32 beside 16-bit x is multiplied in TF32 and not in IEEE.
 
     Returns:
         dx [M, D] in dy's dtype; accumulated in float32 over n in order, rounded once.
@@ -144,7 +108,7 @@ def backward_x(
     Raises:
         ValueError: A dtype or device that the kernels do not take.
     """
-    _check(dy_MN, base_ND, deltas_NKD)
+    check_tensors({"dy": dy_MN, "base": base_ND, "deltas": deltas_NKD})
     stride_n, stride_k, stride_d = deltas_NKD.stride()
     base_strides = (0, 0) if base_ND is None else (base_ND.stride(1), base_ND.stride(0))
     return _launch_product(
@@ -159,6 +123,8 @@ def backward_x(
         bias_N=None,
         bias_deltas_NK=None,
         batch_invariant=batch_invariant,
+        adds_to=adds_to,
+        rows_dtype=rows_dtype,
     )
 
 
@@ -197,46 +163,16 @@ def backward_deltas(
     Raises:
         ValueError: A dtype or device that the kernels do not take.
     """
-    _check(x_MD, dy_MN, deltas_NKD)
-    d_deltas_NKD = None
-    if needs_deltas:
-        dtype = deltas_NKD.dtype if main_grad is None else main_grad.dtype
-        d_deltas_NKD = _launch_deltas_gradient(dy_MN, x_MD, deltas_NKD, c_SK, row_map_M, dtype)
-    if d_deltas_NKD is not None and main_grad is not None:
-        main_grad.add_(d_deltas_NKD)
-        d_deltas_NKD = None
-    d_c_SK = _launch_coefficients_gradient(dy_MN, x_MD, deltas_NKD, c_SK, row_map_M) if needs_coefficients else None
+    check_tensors({"x": x_MD, "dy": dy_MN, "deltas": deltas_NKD})
+    d_deltas_NKD = d_c_SK = None
+    if needs_deltas and main_grad is not None:
+        write_deltas_gradient(dy_MN, x_MD, c_SK, row_map_M, main_grad, adds=True)
+    elif needs_deltas:
+        d_deltas_NKD = torch.empty(deltas_NKD.shape, dtype=deltas_NKD.dtype, device=deltas_NKD.device)
+        write_deltas_gradient(dy_MN, x_MD, c_SK, row_map_M, d_deltas_NKD, adds=False)
+    if needs_coefficients:
+        d_c_SK = compute_coefficients_gradient(dy_MN, x_MD, deltas_NKD, c_SK, row_map_M)
     return d_deltas_NKD, d_c_SK
-
-
-def dot_precision(rows: torch.dtype, weight: torch.dtype) -> str:
-    """Names tl.dot's input precision for rows and a weight of these dtypes.
-
-    A float32 weight beside 16-bit rows goes through TF32, which holds the rows exactly; float32 beside float32 is IEEE
-    unless `torch.backends.cuda.matmul` allows TF32 (`allow_tf32 = True` or `fp32_precision = "tf32"`).
-    """
-    if rows != weight and rows != torch.float32:
-        return "tf32"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def _check(rows: torch.Tensor, other: torch.Tensor | None, deltas_NKD: torch.Tensor) -> None:
-    for name, tensor in (("rows", rows), ("base or dy", other), ("deltas", deltas_NKD)):
-        if tensor is not None and tensor.dtype not in DTYPES:
-            raise ValueError(f"the Triton back-end takes float32, bfloat16 and float16, {name} is {tensor.dtype}")
-    if not INTERPRETED:
-        if rows.device.type == "cpu":
-            raise ValueError(
-                "the Triton back-end needs a GPU, the rows are on cpu: choose backend='cpp' or 'reference' "
-                "(or set TRITON_INTERPRET=1 before triton is imported, for tests)"
-            )
-    elif torch.bfloat16 in (rows.dtype, deltas_NKD.dtype):
-        raise ValueError("Triton's interpreter multiplies bfloat16 as raw bits: use float32 or float16 there")
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the device of `tensor` the one that Triton launches on."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _launch_product(
@@ -252,77 +188,69 @@ def _launch_product(
     bias_N: torch.Tensor | None,
     bias_deltas_NK: torch.Tensor | None,
     batch_invariant: bool,
+    adds_to: torch.Tensor | None = None,
+    rows_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Launches a_MR (base + sum_k c_k delta_k); strides come as (output, reduced) and (output, copy, reduced)."""
+    """Launches a_MR (base + sum_k c_k delta_k); strides come as in `product_arguments`."""
     num_rows, num_reduced = a_MR.shape
-    out_MO = a_MR.new_empty((num_rows, num_outs))
+    out_MO = a_MR.new_empty((num_rows, num_outs)) if adds_to is None else adds_to
     if out_MO.numel() == 0:
         return out_MO
-    tile = select_product_tile(num_rows, a_MR.dtype, batch_invariant)
-    grid = (triton.cdiv(num_rows, tile.rows), triton.cdiv(num_outs, tile.outs))
-    tensors = (a_MR, base, deltas, c_SK, row_map_M, bias_N, bias_deltas_NK, out_MO)
-    sizes = (num_rows, num_outs, num_reduced, deltas.shape[1])
-    bias_strides = (
-        *((0,) if bias_N is None else bias_N.stride()),
-        *((0, 0) if bias_deltas_NK is None else bias_deltas_NK.stride()),
+    rows_dtype = rows_dtype or a_MR.dtype
+    tile = select_product_tile(num_rows, rows_dtype, batch_invariant)
+    tensors, strides, constants = product_arguments(
+        *(a_MR, base, deltas, c_SK, row_map_M, bias_N, bias_deltas_NK),
+        base_strides=base_strides,
+        deltas_strides=deltas_strides,
+        tile=tile,
+        rows_dtype=rows_dtype,
     )
-    strides = (*a_MR.stride(), *base_strides, *deltas_strides, *c_SK.stride(), *row_map_M.stride(), *bias_strides)
+    sizes = (num_rows, num_outs, num_reduced, deltas.shape[1])
     with on_device(a_MR):
-        mixed_product_kernel[grid](
-            *tensors,
-            *sizes,
-            *strides,
-            HAS_BASE=base is not None,
-            HAS_BIAS=bias_N is not None,
-            HAS_BIAS_DELTAS=bias_deltas_NK is not None,
-            BASE_PRECISION=dot_precision(a_MR.dtype, a_MR.dtype if base is None else base.dtype),
-            DELTAS_PRECISION=dot_precision(a_MR.dtype, deltas.dtype),
-            BLOCK_M=tile.rows,
-            BLOCK_O=tile.outs,
-            BLOCK_R=tile.reduced,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+        mixed_product_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(num_outs, tile.outs))](
+            *tensors, out_MO, *sizes, *strides, **constants, ADDS=adds_to is not None
         )
     return out_MO
 
 
-def _launch_deltas_gradient(
+def write_deltas_gradient(
     dy_MN: torch.Tensor,
     x_MD: torch.Tensor,
-    deltas_NKD: torch.Tensor,
     c_SK: torch.Tensor,
     row_map_M: torch.Tensor,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    d_deltas_NKD = torch.empty(deltas_NKD.shape, dtype=dtype, device=deltas_NKD.device)
-    if d_deltas_NKD.numel() == 0:
-        return d_deltas_NKD
-    N, K, D = deltas_NKD.shape
+    out_NKD: torch.Tensor,
+    *,
+    adds: bool,
+) -> None:
+    """Stores the gradient of the deltas in a contiguous out_NKD, or adds it: float32 sums, rounded once."""
+    if out_NKD.numel() == 0:
+        return
+    N, K, D = out_NKD.shape
     tile = select_gradient_tile(x_MD.dtype)
     grid = (triton.cdiv(N, tile.outs), triton.cdiv(D, tile.reduced), K)
     strides = (*dy_MN.stride(), *x_MD.stride(), *c_SK.stride(), *row_map_M.stride())
     with on_device(x_MD):
         deltas_gradient_kernel[grid](
-            *(dy_MN, x_MD, c_SK, row_map_M, d_deltas_NKD),
+            *(dy_MN, x_MD, c_SK, row_map_M, out_NKD),
             *(x_MD.shape[0], N, D, K),
             *strides,
             PRECISION=dot_precision(x_MD.dtype, torch.float32),
             BLOCK_M=tile.rows,
             BLOCK_N=tile.outs,
             BLOCK_D=tile.reduced,
+            ADDS=adds,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-    return d_deltas_NKD
 
 
-def _launch_coefficients_gradient(
+def compute_coefficients_gradient(
     dy_MN: torch.Tensor, x_MD: torch.Tensor, deltas_NKD: torch.Tensor, c_SK: torch.Tensor, row_map_M: torch.Tensor
 ) -> torch.Tensor:
-    d_c_SK = torch.empty(c_SK.shape, dtype=torch.float32, device=c_SK.device)
+    """Returns the gradient of the coefficients [S, K], that of `backward_deltas`."""
     (M, D), (N, K, _) = x_MD.shape, deltas_NKD.shape
-    if d_c_SK.numel() == 0 or M == 0 or N == 0:
-        return d_c_SK.zero_().to(c_SK.dtype)
+    if c_SK.numel() == 0 or M == 0 or N == 0:
+        return torch.zeros_like(c_SK)
     tile = select_gradient_tile(x_MD.dtype)
     partial_PMK = torch.empty((triton.cdiv(N, tile.outs), M, K), dtype=torch.float32, device=x_MD.device)
     with on_device(x_MD):
@@ -330,17 +258,11 @@ def _launch_coefficients_gradient(
             *(dy_MN, x_MD, deltas_NKD, partial_PMK),
             *(M, N, D, K),
             *(*dy_MN.stride(), *x_MD.stride(), *deltas_NKD.stride()),
-            PRECISION=dot_precision(x_MD.dtype, deltas_NKD.dtype),
+            PRECISION=dot_precision(x_MD.dtype, torch.promote_types(x_MD.dtype, deltas_NKD.dtype)),
             BLOCK_M=tile.rows,
             BLOCK_N=tile.outs,
             BLOCK_D=tile.reduced,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        weighting_sum_kernel[d_c_SK.shape](
-            *(partial_PMK, row_map_M, d_c_SK),
-            *(M, partial_PMK.shape[0], K, partial_PMK.stride(0)),
-            *row_map_M.stride(),
-            BLOCK_M=128,
-        )
-    return d_c_SK.to(c_SK.dtype)
+    return sum_by_weighting(partial_PMK, row_map_M, len(c_SK)).to(c_SK.dtype)

@@ -52,7 +52,7 @@ def stream_product(
 
 
 @triton.jit
-def mixed_product_kernel(
+def mixed_product_tile(
     a_ptr,
     base_ptr,
     deltas_ptr,
@@ -60,9 +60,10 @@ def mixed_product_kernel(
     row_map_ptr,
     bias_ptr,
     bias_deltas_ptr,
-    out_ptr,
-    num_rows,
-    num_outs,
+    o_rows,
+    m_rows,
+    o_outs,
+    m_outs,
     num_reduced,
     num_copies,
     stride_a_m,
@@ -87,16 +88,10 @@ def mixed_product_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Computes a tile of out_MO = a_MR (base + sum_k c_k delta_k)_RO + bias + sum_k c_k bias_delta_k.
+    """Returns a float32 tile of a_MR (base + sum_k c_k delta_k)_RO + bias + sum_k c_k bias_delta_k.
 
-    Assumes row_map values in [0, S) and a contiguous out_MO; everything else comes with its strides.
+    Offsets are int64. Rows outside `m_rows` are taken as zero. Assumes row_map values in [0, S).
     """
-    o_rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_outs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    m_rows = o_rows < num_rows
-    m_outs = o_outs < num_outs
-    o_rows = o_rows.to(tl.int64)
-    o_outs = o_outs.to(tl.int64)
     p_a = a_ptr + o_rows[:, None] * stride_a_m
     b_weighting = tl.load(row_map_ptr + o_rows * stride_map, mask=m_rows, other=0).to(tl.int64)
     p_c = coefficients_ptr + b_weighting * stride_c_s
@@ -143,8 +138,68 @@ def mixed_product_kernel(
         b_out += b_c[:, None] * b_stream
         p_delta += stride_deltas_k
         p_c += stride_c_k
+    return b_out
+
+
+@triton.jit
+def mixed_product_kernel(
+    a_ptr,
+    base_ptr,
+    deltas_ptr,
+    coefficients_ptr,
+    row_map_ptr,
+    bias_ptr,
+    bias_deltas_ptr,
+    out_ptr,
+    num_rows,
+    num_outs,
+    num_reduced,
+    num_copies,
+    stride_a_m,
+    stride_a_r,
+    stride_base_o,
+    stride_base_r,
+    stride_deltas_o,
+    stride_deltas_k,
+    stride_deltas_r,
+    stride_c_s,
+    stride_c_k,
+    stride_map,
+    stride_bias,
+    stride_bias_deltas_n,
+    stride_bias_deltas_k,
+    HAS_BASE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_BIAS_DELTAS: tl.constexpr,
+    BASE_PRECISION: tl.constexpr,
+    DELTAS_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ADDS: tl.constexpr,
+):
+    """Stores the tile of `mixed_product_tile` in out_MO, or adds it to what is there.
+
+    Assumes a contiguous out_MO; everything else comes with its strides.
+    """
+    o_rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_outs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    m_rows = o_rows < num_rows
+    m_outs = o_outs < num_outs
+    o_rows = o_rows.to(tl.int64)
+    o_outs = o_outs.to(tl.int64)
+    b_out = mixed_product_tile(
+        a_ptr, base_ptr, deltas_ptr, coefficients_ptr, row_map_ptr, bias_ptr, bias_deltas_ptr,
+        o_rows, m_rows, o_outs, m_outs, num_reduced, num_copies,
+        stride_a_m, stride_a_r, stride_base_o, stride_base_r, stride_deltas_o, stride_deltas_k, stride_deltas_r,
+        stride_c_s, stride_c_k, stride_map, stride_bias, stride_bias_deltas_n, stride_bias_deltas_k,
+        HAS_BASE, HAS_BIAS, HAS_BIAS_DELTAS, BASE_PRECISION, DELTAS_PRECISION, BLOCK_M, BLOCK_O, BLOCK_R,
+    )  # fmt: skip
     p_out = out_ptr + o_rows[:, None] * num_outs + o_outs[None, :]
-    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_rows[:, None] & m_outs[None, :])
+    m_out = m_rows[:, None] & m_outs[None, :]
+    if ADDS:
+        b_out += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), mask=m_out)
 
 
 @triton.jit
@@ -169,10 +224,12 @@ def deltas_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    ADDS: tl.constexpr,
 ):
     """Computes a tile of d_deltas[n, k, d] = sum_m (c[m, k] dy[m, n]) x[m, d], walking the rows in order.
 
-    The product c dy stays float32 (x keeps its dtype and is widened), so a 16-bit run loses nothing before the dot.
+    It is stored, or added to what is there. The product c dy stays float32 (x keeps its dtype and is widened), so a
+    16-bit run loses nothing before the dot.
     Assumes row_map values in [0, S) and a contiguous d_deltas [N, K, D].
     """
     o_outs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -197,7 +254,10 @@ def deltas_gradient_kernel(
         b_scaled = b_dy.to(tl.float32) * b_c.to(tl.float32)[None, :]
         b_acc = multiply_add(b_scaled, b_x, b_acc, PRECISION)
     p_out = d_deltas_ptr + (o_outs[:, None] * num_copies + k) * num_ins + o_ins[None, :]
-    tl.store(p_out, b_acc.to(d_deltas_ptr.dtype.element_ty), mask=m_outs[:, None] & m_ins[None, :])
+    m_out = m_outs[:, None] & m_ins[None, :]
+    if ADDS:
+        b_acc += tl.load(p_out, mask=m_out, other=0.0).to(tl.float32)
+    tl.store(p_out, b_acc.to(d_deltas_ptr.dtype.element_ty), mask=m_out)
 
 
 @triton.jit

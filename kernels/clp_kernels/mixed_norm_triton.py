@@ -12,8 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clp_kernels.launch_triton import check_tensors, sum_by_weighting
-from clp_kernels.mixed_linear_triton import on_device
+from clp_kernels.launch_triton import check_tensors, on_device, sum_by_weighting
 from clp_kernels.mixed_norm_triton_kernels import (
     coefficient_terms_kernel,
     input_gradient_kernel,

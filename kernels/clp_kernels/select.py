@@ -35,7 +35,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     "low_rank_linear": ("cpp", "triton"),
     "mixed_embedding": ("cpp", "triton"),
     "mixed_linear": ("cpp", "triton", "cuda"),
-    "mixed_linear_logprob": ("cpp",),
+    "mixed_linear_logprob": ("cpp", "triton"),
     "mixed_norm": ("cpp", "triton"),
 }
 

@@ -30,6 +30,15 @@ KERNELS = {
         "row_coefficients_gradient_kernel": True,
         "weighting_sum_kernel": False,
     },
+    "mixed_linear_logprob": {
+        "softmax_partials_kernel": True,
+        "softmax_kernel": False,
+        "output_gradient_kernel": True,
+        "mixed_product_kernel": True,
+        "deltas_gradient_kernel": True,
+        "row_coefficients_gradient_kernel": True,
+        "weighting_sum_kernel": False,
+    },
     "low_rank_linear": {
         "shrink_kernel": True,
         "expand_kernel": True,
@@ -122,6 +131,32 @@ def record_mixed_linear(recorder: Recorder) -> None:
     call("training bf16", 1024, 576, 576, bf16, bf16, backward=False)
     call("training bf16, deltas f32", 1024, 576, 576, bf16, f32, backward=True)
     call("training f32", 1024, 576, 576, f32, f32, backward=True)
+
+
+def record_mixed_linear_logprob(recorder: Recorder) -> None:
+    """The head at SmolLM2-135M's size, an odd one, what it shares with mixed_linear included."""
+    import torch
+
+    import clp_kernels.mixed_linear_logprob_triton as launchers
+    from clp_kernels.mixed_linear_logprob_arguments import Head, Logits, Needs, Targets
+
+    def call(label: str, M: int, V: int, D: int, x: torch.dtype, deltas: torch.dtype, softcap: float | None) -> None:
+        recorder.label = label
+        x_MD = torch.empty(M, D, dtype=x, device="meta")
+        row_map_M, rows_M = x_MD.new_empty(M, dtype=torch.int32), x_MD.new_empty(M, dtype=torch.float32)
+        c_SK, ids_M = x_MD.new_empty(4, 2, dtype=torch.float32), x_MD.new_empty(M, dtype=torch.int64)
+        head = Head(x_MD.new_empty(V, D), x_MD.new_empty(V, 2, D, dtype=deltas), c_SK, row_map_M, None, None)
+        arguments = (x_MD, head, Targets(ids_M, -100), Logits(0.7, 1.3, softcap))
+        _, entropy_M, normalizer_M2, _ = launchers.forward(*arguments, True, False)
+        needs = Needs(True, True, True, True, False, False)
+        launchers.backward(*arguments, normalizer_M2, entropy_M, rows_M, rows_M, needs)
+
+    f32, bf16 = torch.float32, torch.bfloat16
+    call("few rows bf16, deltas f32", 16, 49152, 576, bf16, f32, None)
+    call("training bf16", 1024, 49152, 576, bf16, bf16, None)
+    call("training bf16, deltas f32, capped", 1024, 49152, 576, bf16, f32, 30.0)
+    call("training f32, capped", 1024, 49152, 576, f32, f32, 30.0)
+    call("f32, odd", 3, 35, 33, f32, f32, None)
 
 
 def record_low_rank_linear(recorder: Recorder) -> None:

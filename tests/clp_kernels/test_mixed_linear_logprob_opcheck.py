@@ -9,6 +9,10 @@ from logprob_support import BACKENDS, HAS_CPP, PARAMETERS
 import clp_kernels
 from clp_kernels import mixed_linear_logprob, mixed_linear_logprob_ref
 
+INTERPRETED = pytest.param(
+    "triton", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="these tests' tensors are on the CPU")
+)
+
 
 def arguments(dtype: torch.dtype = torch.float32, requires_grad: bool = True) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -45,7 +49,7 @@ def flat(a: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
 NUMBERS = (-100, 0.7, 1.3, 4.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, INTERPRETED])
 def test_opcheck(backend):
     inputs, fixed = flat(arguments()), flat(arguments(requires_grad=False))
     for flags in ((True, True, False), (True, False, False), (False, False, False)):
@@ -78,7 +82,7 @@ def test_gradcheck(with_base, how):
 
 
 @pytest.mark.parametrize("only_hidden", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, INTERPRETED])
 def test_double_backward_raises_by_name(backend, only_hidden):
     a = arguments(requires_grad=not only_hidden)
     a["hidden"].requires_grad_()
@@ -93,7 +97,7 @@ def test_double_backward_raises_by_name(backend, only_hidden):
 
 
 @pytest.mark.parametrize("only_hidden", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, INTERPRETED])
 def test_compile_without_breaks(backend, only_hidden):
     def call(a):
         logprob, entropy = mixed_linear_logprob(**a, return_entropy=not only_hidden)
@@ -181,13 +185,10 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_back_ends_by_name():
-    a = arguments(requires_grad=False)
-    with pytest.raises(ValueError, match="mixed_linear_logprob has no 'triton' form"):
-        mixed_linear_logprob(**a, backend="triton")
-    if HAS_CPP:
-        wide = arguments(torch.float64, requires_grad=False)
-        with pytest.raises(ValueError, match=r"back-end 'cpp' does not take this call: hidden is torch\.float64"):
-            mixed_linear_logprob(**wide, backend="cpp")
+    wide = arguments(torch.float64, requires_grad=False)
+    for name in ("cpp", "triton") if HAS_CPP else ("triton",):
+        with pytest.raises(ValueError, match=rf"back-end '{name}' does not take this call: hidden is torch\.float64"):
+            mixed_linear_logprob(**wide, backend=name)
 
 
 def test_backward_keeps_the_back_end_of_its_forward(monkeypatch):

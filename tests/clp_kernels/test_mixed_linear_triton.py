@@ -21,10 +21,11 @@ import triton
 
 import clp_kernels
 from clp_kernels import mixed_linear_triton as launchers
+from clp_kernels.launch_triton import INTERPRETED
 
 # Triton decorates its own functions (tl.sum) at its first import, which `import clp_kernels` causes through torch.
 # A variable set after that leaves half of Triton compiled, and every test below would fail for the wrong reason.
-is_interpreted = {launchers.INTERPRETED, not isinstance(triton.language.sum, triton.JITFunction)}
+is_interpreted = {INTERPRETED, not isinstance(triton.language.sum, triton.JITFunction)}
 if is_interpreted != {not torch.cuda.is_available()}:
     raise RuntimeError("triton was imported before TRITON_INTERPRET was set: tests/conftest.py must set it first")
 
@@ -190,6 +191,15 @@ def test_gradients_that_nobody_asked_for_are_none() -> None:
     assert launchers.backward_deltas(*arguments, False, False) == (None, None)
     assert launchers.backward_deltas(*arguments, False, True)[0] is None
     assert launchers.backward_deltas(*arguments, True, False)[1] is None
+
+
+def test_main_grad_takes_the_gradient_of_the_deltas() -> None:
+    p = make_problem(19, 33, 35, 2, 3, F32, F32)
+    arguments = (p.dy_MN, p.x_MD, p.deltas_NKD, p.c_SK, p.row_map_M)
+    start = torch.randn_like(p.deltas_NKD)
+    main_grad = start.clone()
+    assert launchers.backward_deltas(*arguments, True, False, main_grad=main_grad) == (None, None)
+    assert torch.equal(main_grad, start + p.run()["d_deltas"])
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-3])

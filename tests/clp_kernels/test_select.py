@@ -79,6 +79,13 @@ def test_auto_of_a_row_by_row_operator(device, dtypes, missing, expected):
 
 
 @pytest.mark.parametrize(
+    ("dtype", "missing", "expected"), [(BF16, ALL, "triton"), (F64, ALL, "reference"), (BF16, NOTHING, "reference")]
+)
+def test_auto_of_the_head_on_a_gpu(dtype, missing, expected):
+    assert select(OperatorCall("mixed_linear_logprob", "cuda", {"hidden": dtype}), missing) == expected
+
+
+@pytest.mark.parametrize(
     ("name", "device", "says"),
     [
         ("cpp", "cpu", "weight is torch.float64"),
