@@ -56,14 +56,14 @@ class DemoSettings:
         sweep_batch_size: completions of a sweep's batch.
     """
 
-    max_steps: int = 10
+    max_steps: int = 12
     prompts_per_step: int = 6
     num_generations: int = 6
     max_completion_length: int = 24
     learning_rate: float = 5e-4
     warmup_steps: int = 2
-    kl_weight: float = 0.2
-    dirichlet_concentration: float = 0.5
+    kl_weight: float = 0.12
+    dirichlet_concentration: float = 0.2
     num_reference_samples: int = 64
     num_prompts: int = 48
     max_source_words: int = 24

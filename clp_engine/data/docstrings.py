@@ -34,7 +34,7 @@ PROMPT_TEMPLATE = PromptTemplate(
         {"role": "user", "content": "{prompt}\n\nSay this in fewer words."},
     ]
 )
-SEED = 10
+SEED = 9
 MAX_PAIRS = {"train": 3000, "test": 300}
 MAX_FILE_BYTES = 60_000
 PAIRS_PER_FILE = 12

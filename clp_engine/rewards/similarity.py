@@ -80,7 +80,7 @@ class Closeness:
         self,
         source_column: str = "source",
         cap: float = 1.0,
-        copy_penalty: float = 0.1,
+        copy_penalty: float = 0.25,
         model: str | Path | None = None,
     ) -> None:
         if not 0.0 < cap <= 1.0:

@@ -158,6 +158,23 @@ def test_steering_effect_survives_a_16_bit_y(M, dtype, effect_size):
     assert share.item() == pytest.approx(1, abs=0.005 + 4 * noise.item())
 
 
+def test_batch_invariant_rows_keep_their_bits_in_any_batch():
+    """Alone, in a batch of few rows (a small tile) and in one of many, where the shrink would take fewer splits."""
+    a = problem(150, 4200, 140, 5)
+    dy = torch.randn(150, 140, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+    def run(rows: slice) -> list[torch.Tensor]:
+        x = a["x"][rows].clone().requires_grad_()
+        y = low_rank_linear(**{**a, "x": x, "row_map": a["row_map"][rows]}, **TRITON, batch_invariant=True)
+        y.backward(dy[rows])
+        return [y.detach(), x.grad]
+
+    whole = run(slice(None))
+    for rows in (slice(7, 8), slice(3, 14), slice(0, 40)):
+        for part, expected in zip(run(rows), whole, strict=True):
+            assert torch.equal(part, expected[rows]), rows
+
+
 def test_gradients_that_nobody_asked_for_are_none():
     a, dy = problem(9, 20, 7, 5), torch.randn(9, 7, device=DEVICE)
     expected, names = launch(a, dy), ["x", "base", "down", "up", "gates"]

@@ -244,7 +244,7 @@ def test_offsets_beyond_32_bits() -> None:
 
 def test_float64_is_refused_by_name() -> None:
     p = make_problem(3, 16, 3, 1, 1, torch.float64, torch.float64)
-    with pytest.raises(ValueError, match=r"rows is torch\.float64"):
+    with pytest.raises(ValueError, match=r"x is torch\.float64"):
         p.run()
 
 
