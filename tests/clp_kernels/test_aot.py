@@ -91,17 +91,18 @@ def record_launches() -> list[dict[str, Any]]:
 
 
 def record_mixed_linear_logprob() -> list[dict[str, Any]]:
-    """Calls the launchers of the head at SmolLM2-135M's size, what they share with mixed_linear included."""
+    """Calls the launchers of the head on one chunk of SmolLM2-135M's, what they share with mixed_linear included."""
     import torch
 
     import clp_kernels.mixed_linear_logprob_triton as launchers
     import clp_kernels.mixed_linear_triton as shared
+    from clp_kernels import mixed_linear_triton_kernels
     from clp_kernels.mixed_linear_logprob_arguments import Head, Logits, Needs, Targets
 
     launches: list[dict[str, Any]] = []
     kernels = {
         **{(launchers, name): getattr(launchers, name) for name in LOGPROB_KERNELS},
-        **{(shared, name): getattr(shared, name) for name in KERNELS},
+        **{(shared, name): getattr(mixed_linear_triton_kernels, name) for name in KERNELS},
     }
 
     def call(label: str, M: int, V: int, D: int, x: torch.dtype, deltas: torch.dtype, softcap: float | None) -> None:
@@ -110,17 +111,19 @@ def record_mixed_linear_logprob() -> list[dict[str, Any]]:
         x_MD = torch.empty(M, D, dtype=x, device="meta")
         row_map_M, rows_M = x_MD.new_empty(M, dtype=torch.int32), x_MD.new_empty(M, dtype=torch.float32)
         c_SK, ids_M = x_MD.new_empty(4, 2, dtype=torch.float32), x_MD.new_empty(M, dtype=torch.int64)
-        head = Head(x_MD.new_empty(V, D), x_MD.new_empty(V, 2, D, dtype=deltas), c_SK, row_map_M, None, None)
+        deltas_VKD = x_MD.new_empty(V, 2, D, dtype=deltas)
+        head = Head(x_MD.new_empty(V, D), deltas_VKD, c_SK, row_map_M, None, None)
         arguments = (x_MD, head, Targets(ids_M, -100), Logits(0.7, 1.3, softcap))
         _, entropy_M, normalizer_M2, _ = launchers.forward(*arguments, True, False)
         needs = Needs(True, True, True, True, False, False)
-        launchers.backward(*arguments, normalizer_M2, entropy_M, rows_M, rows_M, needs)
+        main_grad = deltas_VKD if deltas != x else None
+        launchers.backward(*arguments, normalizer_M2, entropy_M, rows_M, rows_M, needs, main_grad)
 
     f32, bf16 = torch.float32, torch.bfloat16
-    call("head, few rows bf16, deltas f32", 16, 49152, 576, bf16, f32, None)
-    call("head, training bf16", 1024, 49152, 576, bf16, bf16, None)
-    call("head, training bf16, deltas f32, capped", 1024, 49152, 576, bf16, f32, 30.0)
-    call("head, training f32, capped", 1024, 49152, 576, f32, f32, 30.0)
+    call("head, few rows bf16, deltas f32", 16, 8192, 576, bf16, f32, None)
+    call("head, training bf16", 1024, 8192, 576, bf16, bf16, None)
+    call("head, training bf16, deltas f32, capped", 1024, 8192, 576, bf16, f32, 30.0)
+    call("head, training f32, capped", 1024, 8192, 576, f32, f32, 30.0)
     call("head, f32, odd", 3, 35, 33, f32, f32, None)
     return launches
 
