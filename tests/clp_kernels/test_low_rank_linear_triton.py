@@ -160,8 +160,8 @@ def test_steering_effect_survives_a_16_bit_y(M, dtype, effect_size):
 
 def test_batch_invariant_rows_keep_their_bits_in_any_batch():
     """Alone, in a batch of few rows (a small tile) and in one of many, where the shrink would take fewer splits."""
-    a = problem(150, 4200, 140, 5)
-    dy = torch.randn(150, 140, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    a = problem(600, 4200, 20, 5)
+    dy = torch.randn(600, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def run(rows: slice) -> list[torch.Tensor]:
         x = a["x"][rows].clone().requires_grad_()
