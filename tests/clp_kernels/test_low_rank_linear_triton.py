@@ -160,8 +160,8 @@ def test_steering_effect_survives_a_16_bit_y(M, dtype, effect_size):
 
 def test_batch_invariant_rows_keep_their_bits_in_any_batch():
     """Alone, in a batch of few rows (a small tile) and in one of many, where the shrink would take fewer splits."""
-    a = problem(600, 4200, 20, 5)
-    dy = torch.randn(600, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    a = problem(150, 4200, 10, 200)
+    dy = torch.randn(150, 10, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def run(rows: slice) -> list[torch.Tensor]:
         x = a["x"][rows].clone().requires_grad_()
@@ -170,7 +170,7 @@ def test_batch_invariant_rows_keep_their_bits_in_any_batch():
         return [y.detach(), x.grad]
 
     whole = run(slice(None))
-    for rows in (slice(7, 8), slice(3, 14), slice(0, 40)):
+    for rows in (slice(7, 8), slice(3, 40)):
         for part, expected in zip(run(rows), whole, strict=True):
             assert torch.equal(part, expected[rows]), rows
 
