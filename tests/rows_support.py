@@ -14,6 +14,12 @@ from clp_kernels import extension
 HAS_CPP = clp_kernels.available_backends()["cpp"] is None
 needs_cpp = pytest.mark.skipif(not HAS_CPP, reason="the extension is not built")
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
+# Tensors on the CPU reach Triton's kernels through its interpreter alone; on a GPU test_*_triton.py has its own.
+is_interpreted = clp_kernels.available_backends()["triton"] is None and not torch.cuda.is_available()
+BACKENDS_AND_TRITON = [
+    *BACKENDS,
+    pytest.param("triton", marks=pytest.mark.skipif(not is_interpreted, reason="Triton's interpreter is not on")),
+]
 ISAS = extension.available_isas() if HAS_CPP else ()
 
 

@@ -131,7 +131,7 @@ def backward(
             d_gates_SR = sum_by_weighting(terms_MR[None], row_map_M, gates_SR.shape[0]).to(gates_SR.dtype)
         if needs_down:
             d_down_DR = _factor_gradient(x_MD, d_ranks_MR, gates_SR, row_map_M)
-            d_down_RD = d_down_DR.T.to(down_RD.dtype, memory_format=torch.contiguous_format)
+            d_down_RD = d_down_DR.T.contiguous().to(down_RD.dtype)
         if needs_x:
             base_DN = None if base_ND is None else base_ND.T
             weights = (base_DN, d_ranks_MR[None], gates_SR, row_map_M, down_RD.T)

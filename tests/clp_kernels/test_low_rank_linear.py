@@ -7,16 +7,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from rows_support import BACKENDS, BACKENDS_AND_TRITON, ISAS, needs_cpp
 
-import clp_kernels
 from clp_kernels import extension, low_rank_linear, low_rank_linear_ref
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-HAS_CPP = clp_kernels.available_backends()["cpp"] is None
 CPP = {"backend": "cpp"}
-needs_cpp = pytest.mark.skipif(not HAS_CPP, reason="the extension is not built")
-BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
-ISAS = extension.available_isas() if HAS_CPP else ()
 Problem = dict[str, torch.Tensor | None]
 
 # M, D, N, R: one row, odd sizes, streamed rows and more, no rank, no input or output feature; a long sum.
@@ -207,7 +203,7 @@ def test_rows_and_gates_that_are_not_a_rows_own_do_not_reach_it(backend, M):
     assert torch.equal(y[others], expected[others])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
 @pytest.mark.parametrize("M", [9, 30])
 def test_equals_the_adapters_one_after_another(backend, M):
     """K LoRA adapters of different ranks and scales: what PEFT's loop computes for one weighting."""
@@ -221,7 +217,7 @@ def test_equals_the_adapters_one_after_another(backend, M):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
 def test_leading_sizes_strides_and_empty_batches(backend):
     a = make_problem(12, 10, 6, 4)
     gates = a["gates"][:3]
@@ -238,7 +234,7 @@ def test_leading_sizes_strides_and_empty_batches(backend):
     assert torch.equal(down.grad, torch.zeros_like(down))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
 @pytest.mark.parametrize("T", [4, 15])
 @pytest.mark.parametrize("form", ["[R]", "[B, R]", "[B, T, R]", "[S, R] and row_map", "[S, R] and an expanded row_map"])
 def test_every_form_of_gates(backend, T, form):
@@ -263,7 +259,7 @@ def test_every_form_of_gates(backend, T, form):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
 def test_one_row_without_leading_sizes(backend):
     a = make_problem(1, 10, 6, 4)
     y = low_rank_linear(a["x"][0], a["base"], a["down"], a["up"], a["gates"][0], backend=backend)

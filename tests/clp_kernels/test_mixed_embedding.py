@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rows_support import (
-    BACKENDS,
+    BACKENDS_AND_TRITON,
     ISAS,
     assert_within_budget,
     differentiate,
@@ -77,7 +77,7 @@ def test_registered_reference_equals_plain_autograd(dtype, deltas_dtype):
     check(problem(40, 13, 33, 3, dtype, deltas_dtype, "shuffled"), "reference")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
 @pytest.mark.parametrize("padding_idx", [0, 3, -1])
 def test_padding_gets_no_gradient(backend, padding_idx):
     a = problem(60, 6, 20, 2)
@@ -186,7 +186,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
 def test_strides_int32_and_empty_batches(backend):
     a = problem(12, 10, 6, 2)
     base, deltas = a["base"].T.contiguous().T, a["deltas"].permute(1, 2, 0).contiguous().permute(2, 0, 1)

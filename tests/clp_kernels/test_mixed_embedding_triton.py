@@ -125,6 +125,12 @@ def test_main_grad_is_added_to_in_float32():
     main_grad = start.clone()
     assert launch(a, dy, main_grad)["deltas"] is None
     assert torch.equal(main_grad, start + launch(wide, dy)["deltas"])
+    deltas = a["deltas"].clone().requires_grad_()
+    deltas.main_grad = start.clone()
+    y = mixed_embedding(**{**a, "deltas": deltas}, **TRITON)
+    y.backward(dy)
+    assert deltas.grad is None
+    assert torch.equal(deltas.main_grad, main_grad)
     a["ids"] = torch.full_like(a["ids"], 4)
     before = main_grad.clone()
     launch(a, dy, main_grad, False, True, False)

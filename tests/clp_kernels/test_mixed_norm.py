@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from rows_support import (
     BACKENDS,
+    BACKENDS_AND_TRITON,
     ISAS,
     assert_within_budget,
     differentiate,
@@ -94,7 +95,7 @@ def test_registered_reference_equals_plain_autograd(dtype, deltas_dtype, setting
     check(problem(17, 33, 3, dtype, deltas_dtype, "shuffled"), settings, "reference")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
 def test_parts_may_be_missing(backend):
     a = problem(12, 24, 2)
     for missing in ("weight", "bias", "bias_deltas"):
@@ -254,7 +255,7 @@ def test_what_has_no_part_is_not_read(isa):
     torch.testing.assert_close(y[others], expected[others], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
 def test_strides_and_empty_batches(backend):
     a = problem(12, 10, 2)
     c = a["coefficients"][:3]

@@ -70,12 +70,19 @@ def test_supported(name, device):
         ("cpu", {"x": BF16, "weight": F16}, ALL, "cpp"),
         ("cpu", {"x": F64}, ALL, "reference"),
         ("cpu", {"x": F32}, NOTHING, "reference"),
-        ("cuda", {"x": F32}, ALL, "reference"),
+        ("cuda", {"x": BF16, "weight": F32}, ALL, "triton"),
+        ("cuda", {"x": F64}, ALL, "reference"),
+        ("cuda", {"x": F32}, NOTHING, "reference"),
         ("mps", {"x": F32}, ALL, "reference"),
     ],
 )
-def test_auto_of_a_row_by_row_operator(device, dtypes, missing, expected):
-    assert select(OperatorCall("mixed_norm", device, dtypes), missing) == expected
+@pytest.mark.parametrize("op", ["low_rank_linear", "mixed_embedding", "mixed_norm"])
+def test_auto_of_the_other_operators(op, device, dtypes, missing, expected):
+    assert select(OperatorCall(op, device, dtypes), missing) == expected
+
+
+def test_auto_of_an_operator_without_a_gpu_form():
+    assert select(OperatorCall("mixed_linear_logprob", "cuda", {"hidden": F32}), ALL) == "reference"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,7 @@ def test_auto_of_the_head_on_a_gpu(dtype, missing, expected):
     [
         ("cpp", "cpu", "weight is torch.float64"),
         ("cpp", "cuda", "weight is torch.float64"),
-        ("triton", "cuda", "mixed_norm has no 'triton' form"),
+        ("triton", "cuda", "weight is torch.float64"),
         ("cuda", "cuda", "mixed_norm has no 'cuda' form"),
     ],
 )
@@ -103,6 +110,9 @@ def test_unsupported_row_by_row_operator_names_the_field(name, device, says):
 def test_row_by_row_operator_on_another_device():
     reason = unsupported_reason("cpp", OperatorCall("mixed_norm", "cuda", {"x": F32}))
     assert reason == "its arguments are on 'cuda'; back-end 'cpp' runs on 'cpu'"
+    reason = unsupported_reason("triton", OperatorCall("mixed_norm", "mps", {"x": F32}))
+    assert reason == "its arguments are on 'mps'; back-end 'triton' runs on 'cuda'"
+    assert unsupported_reason("triton", OperatorCall("mixed_norm", "cpu", {"x": F32})) is None  # the interpreter
     assert unsupported_reason("reference", OperatorCall("mixed_norm", "mps", {"x": F64})) is None
 
 
