@@ -155,9 +155,10 @@ def test_steering_effect_survives_a_16_bit_y(M, dtype, effect_size):
     assert share.item() == pytest.approx(1, abs=0.005 + 4 * noise.item())
 
 
-def test_batch_invariant_rows_keep_their_bits_in_any_batch():
+def test_batch_invariant_rows_keep_their_bits_in_any_batch(monkeypatch):
     """Alone, in a batch of few rows (a small tile) and in one of many, where the shrink would take fewer splits."""
-    a = problem(150, 4200, 10, 200)
+    monkeypatch.setattr(launchers, "_SPLIT", 32)
+    a = problem(150, 300, 10, 200)
     dy = torch.randn(150, 10, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
     def run(rows: slice) -> list[torch.Tensor]:
