@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,6 +67,8 @@ class CLPConfig:
     folded: str | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.rewards, (str, set, frozenset)):
+            raise ValueError(f"rewards is {self.rewards!r}, expected a list: its order is that of every weight tensor")
         object.__setattr__(self, "rewards", list(self.rewards))
         if isinstance(self.target_modules, (tuple, set, frozenset)):  # JSON has lists
             object.__setattr__(self, "target_modules", sorted(self.target_modules))
@@ -84,6 +87,11 @@ class CLPConfig:
             raise ValueError(
                 f"variant={self.variant!r} and target_modules={self.target_modules!r} are both given: choose one"
             )
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(f"target_modules={self.target_modules!r} is no regular expression: {error}") from error
         if self.variant is None and self.target_modules is None:
             object.__setattr__(self, "variant", "attn")
         if self.variant is not None and self.variant not in VARIANTS:
@@ -122,8 +130,9 @@ class CLPConfig:
                     raise ValueError(f'{field}={value}: a dict must name the copies {self.copy_names} of "lora"')
                 object.__setattr__(self, field, dict(value))
             for number in value.values() if isinstance(value, dict) else [value]:
-                if not isinstance(number, allowed) or number <= 0:
-                    raise ValueError(f"{field} must be positive, got {value!r}")
+                if isinstance(number, bool) or not isinstance(number, allowed) or number <= 0:
+                    kind = "a positive integer" if allowed is int else "positive"
+                    raise ValueError(f"{field} must be {kind}, got {value!r}")
         if self.num_virtual_tokens < 1:
             raise ValueError(f"num_virtual_tokens must be at least 1, got {self.num_virtual_tokens}")
 

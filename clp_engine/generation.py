@@ -161,6 +161,8 @@ def check_cache(cache: Any, coefficients_BK: torch.Tensor) -> None:
     filled = getattr(cache, "clp_coefficients", None)
     if filled is None or _is_empty(cache):
         return
+    if len(filled) != len(coefficients_BK) and len(filled.unique(dim=0)) == 1:
+        filled = filled[:1].expand(len(coefficients_BK), -1)  # rows repeated or selected, all of one weighting
     if filled.shape != coefficients_BK.shape or not torch.equal(filled.cpu(), coefficients_BK.cpu()):
         raise ValueError(
             f"past_key_values was filled under coefficients {filled.tolist()}, this call's are "

@@ -183,11 +183,12 @@ class CLPModel(WeightedGeneration, StoredModel):
 
     def _record(self, coefficients_BC: torch.Tensor) -> Conditioning:
         config = self.clp_config
-        if coefficients_BC.shape[-1] != config.num_coefficients:
+        shape = list(getattr(coefficients_BC, "shape", [type(coefficients_BC).__name__]))
+        if len(shape) != 2 or shape[1] != config.num_coefficients:
             lambda_too = ", lambda behind the copies'" if config.has_shared else ""
             raise ValueError(
-                f"coefficients has shape {list(coefficients_BC.shape)}, the model takes {config.num_coefficients} for "
-                f"each sequence: those of {list(config.copy_names)}{lambda_too}"
+                f"coefficients has shape {shape}, the model takes a tensor [B, {config.num_coefficients}], "
+                f"for each sequence those of {list(config.copy_names)}{lambda_too}"
             )
         accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
         c_BC = coefficients_BC.to(accumulator)

@@ -56,7 +56,7 @@ def find_targets(model: nn.Module, config: CLPConfig) -> list[str]:
     """Paths of the modules that `config` conditions with a copy per reward, in module order.
 
     Raises:
-        ValueError: nothing matches.
+        ValueError: nothing matches, or nothing matches one of several suffixes.
     """
     modules = dict(model.named_modules())
     linears = [path for path, module in modules.items() if is_linear(module)]
@@ -76,8 +76,13 @@ def find_targets(model: nn.Module, config: CLPConfig) -> list[str]:
         blocks = [path for path in inside if not any(other.startswith(f"{path}.") for other in inside)]
         found = blocks if config.parameterization == "soft_tokens" else within
         wanted = 'variant="attn" (linear layers inside attention modules)'
+    targets = config.target_modules
     if not found:
-        raise ValueError(f"{wanted} matches no layer of {type(model).__name__}{_hint(linears, config)}")
+        raise ValueError(f"{wanted} matches no layer of {type(model).__name__}{_hint(linears, targets)}")
+    for target in targets if isinstance(targets, list) else ():
+        if not any(_is_suffix(target, path) for path in found):
+            near = _hint(linears, [target])
+            raise ValueError(f"{target!r} of {wanted} matches no layer of {type(model).__name__}{near}")
     return found
 
 
@@ -92,13 +97,17 @@ def _matching(
         named: Callable[[str], bool] = lambda path: re.fullmatch(pattern, path) is not None  # noqa: E731
     else:
         suffixes: list[str] = targets or []
-        named = lambda path: any(path == t or path.endswith(f".{t}") for t in suffixes)  # noqa: E731
+        named = lambda path: any(_is_suffix(target, path) for target in suffixes)  # noqa: E731
     able = set(known if config.parameterization == "delta" else linears)
     found = [path for path in modules if path in able and named(path)]
     for path, module in modules.items():
         if path and named(path) and path not in able and list(module.parameters(recurse=False)):
             _refuse(path, module, config.parameterization)
     return found
+
+
+def _is_suffix(target: str, path: str) -> bool:
+    return path == target or path.endswith(f".{target}")
 
 
 def _parameterised(model: nn.Module) -> list[str]:
@@ -191,8 +200,9 @@ def _adopt_delta(
     return layer
 
 
-def _hint(linears: Sequence[str], config: CLPConfig) -> str:
+def _hint(linears: Sequence[str], targets: Sequence[str] | str | None) -> str:
     suffixes = sorted({path.rsplit(".", 1)[-1] for path in linears})
-    wanted: Sequence[str] = config.target_modules if isinstance(config.target_modules, list) else []
+    wanted = re.findall(r"\w+", targets) if isinstance(targets, str) else targets or []
     near = sorted({match for target in wanted for match in difflib.get_close_matches(target, suffixes, n=3)})
-    return f"; near names: {near}" if near else f"; its linear layers end in {suffixes}"
+    grammar = "; a string is a regular expression of the whole path" if isinstance(targets, str) else ""
+    return (f"; near names: {near}" if near else f"; its linear layers end in {suffixes}") + grammar

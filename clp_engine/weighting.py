@@ -51,6 +51,7 @@ def _rows(reward_weights: RewardWeights, rewards: Sequence[str], batch_size: int
     if isinstance(reward_weights, Mapping):
         weights_R = _named_row(reward_weights, rewards, "reward_weights")
         return torch.tensor([weights_R], dtype=torch.float32).repeat(batch_size, 1)
+    _check_form(reward_weights)
     if not isinstance(reward_weights, torch.Tensor) and any(isinstance(row, Mapping) for row in reward_weights):
         rows: list[list[float]] = []
         for i, row in enumerate(reward_weights):
@@ -60,6 +61,8 @@ def _rows(reward_weights: RewardWeights, rewards: Sequence[str], batch_size: int
                 )
             rows.append(_named_row(row, rewards, f"reward_weights[{i}]"))
         weights = torch.tensor(rows, dtype=torch.float32)
+    elif not isinstance(reward_weights, torch.Tensor) and any(isinstance(row, torch.Tensor) for row in reward_weights):
+        weights = torch.stack([torch.as_tensor(row).to(torch.float32) for row in reward_weights])
     else:
         weights = torch.as_tensor(reward_weights).to(torch.float32)
     if weights.dim() == 1:
@@ -78,6 +81,12 @@ def _rows(reward_weights: RewardWeights, rewards: Sequence[str], batch_size: int
     return weights
 
 
+def _check_form(reward_weights: object) -> None:
+    if isinstance(reward_weights, str) or not hasattr(reward_weights, "__len__"):
+        kind = type(reward_weights).__name__
+        raise ValueError(f"reward_weights is a {kind}, expected a dict, a list of dicts, numbers or a tensor")
+
+
 def _named_row(row: Mapping[str, float], rewards: Sequence[str], field: str) -> list[float]:
     if set(row) != set(rewards):
         missing, unknown = sorted(set(rewards) - set(row)), sorted(map(str, set(row) - set(rewards)))
@@ -85,6 +94,10 @@ def _named_row(row: Mapping[str, float], rewards: Sequence[str], field: str) -> 
             f"{field} names {sorted(map(str, row))}, the model's rewards are {list(rewards)}"
             + (f"; missing: {missing}" if missing else "")
             + (f"; unknown: {unknown}" if unknown else "")
+        )
+    if several := [name for name in rewards if np.ndim(row[name]) > 0]:
+        raise ValueError(
+            f"{field}[{several[0]!r}] is {row[several[0]]}, expected one number: give a list of dicts, one for each row"
         )
     return [float(row[name]) for name in rewards]
 
@@ -104,14 +117,22 @@ def check_given_once(
 def num_rows(reward_weights: RewardWeights | None, kl_weight: KLWeight | None) -> int | None:
     """How many rows a weighting is given for (a list of dicts, [B, K], a KL weight [B]); None where once for all."""
     if reward_weights is not None and not isinstance(reward_weights, Mapping):
+        _check_form(reward_weights)
         if isinstance(reward_weights, torch.Tensor):
             has_rows = reward_weights.dim() > 1
         else:
             has_rows = any(isinstance(row, (Mapping, Sequence)) or np.ndim(row) > 0 for row in reward_weights)
         if has_rows:
             return len(reward_weights)
-    kl_weights = None if kl_weight is None else torch.as_tensor(kl_weight)
+    kl_weights = None if kl_weight is None else _kl_tensor(kl_weight)
     return None if kl_weights is None or kl_weights.dim() == 0 else len(kl_weights)
+
+
+def _kl_tensor(kl_weight: KLWeight) -> torch.Tensor:
+    try:
+        return torch.as_tensor(kl_weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"kl_weight is {kl_weight!r}, expected a number or one for each row") from error
 
 
 def check_reward_weights(w_BR: torch.Tensor, rewards: Sequence[str], domain: str) -> None:
@@ -190,7 +211,7 @@ def kl_coefficients(
     """
     if kl_weight is None:
         return torch.ones(batch_size)
-    lambda_B = kl_coefficient(torch.as_tensor(kl_weight), min_kl_weight, interpolation)
+    lambda_B = kl_coefficient(_kl_tensor(kl_weight), min_kl_weight, interpolation)
     if lambda_B.dim() == 0:
         lambda_B = lambda_B.expand(batch_size)
     if lambda_B.shape != (batch_size,):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def load(
     _check_base(base, manifest, directory)
     try:
         outline = get_clp_model(_on_meta(base), manifest.config)
-    except (ValueError, NotImplementedError, re.error) as error:
+    except (ValueError, NotImplementedError) as error:
         raise ValueError(f"{directory / CONFIG_FILE}: config does not fit {type(base).__name__}: {error}") from error
     _check_copies(outline, manifest, directory)
     model = get_clp_model(base, manifest.config)

@@ -20,6 +20,9 @@ def test_round_trip_and_defaults():
     [
         ({"rewards": []}, "rewards"),
         ({"rewards": ["a", "a"]}, "distinct"),
+        ({"rewards": "long"}, "expected a list"),
+        ({"rewards": {"a", "b"}}, "expected a list"),
+        ({"rewards": ["a"], "target_modules": "*q_proj"}, "no regular expression"),
         ({"rewards": ["a.b"]}, "dots"),
         ({"rewards": ["a"], "variant": "attn", "target_modules": ["q_proj"]}, "choose one"),
         ({"rewards": ["a"], "variant": "mlp"}, "mlp"),
@@ -34,7 +37,9 @@ def test_round_trip_and_defaults():
         ({"rewards": ["a"], "copies": {"x": {"b": 1.0}}}, "names .'b'."),
         ({"rewards": ["a"], "copies": {"x": {"a": float("inf")}}}, "finite"),
         ({"rewards": ["a"], "parameterization": "lora", "r": {"b": 4}}, "must name the copies"),
-        ({"rewards": ["a"], "parameterization": "lora", "r": 0}, "r must be positive"),
+        ({"rewards": ["a"], "parameterization": "lora", "r": 0}, "r must be a positive integer, got 0"),
+        ({"rewards": ["a"], "parameterization": "lora", "r": True}, "r must be a positive integer, got True"),
+        ({"rewards": ["a"], "parameterization": "lora", "r": 4.0}, "r must be a positive integer, got 4.0"),
         ({"rewards": ["a"], "num_virtual_tokens": 0}, "num_virtual_tokens"),
     ],
 )

@@ -121,3 +121,23 @@ def test_generation_goes_on_from_a_cache_of_its_weighting(conditioned, kind):
     assert torch.equal(conditioned.generate(half, max_new_tokens=3, past_key_values=cache, **options), whole)
     with pytest.raises(ValueError, match="belongs to its weighting"):
         conditioned.generate(whole, max_new_tokens=1, past_key_values=cache, **{**options, "reward_weights": OTHER})
+
+
+@torch.no_grad()
+def test_repeated_and_selected_rows_keep_the_one_weighting_that_filled_them():
+    """Its owner may prefill a prompt once: what all rows of a cache share is known whatever became of them."""
+    model = clp.get_clp_model(tiny_llama(), clp.CLPConfig(rewards=["long", "short"]))
+    randomise_deltas(model)
+    prompt, step = IDS[:1], IDS[:, -1:]
+    cache = model(prompt, reward_weights=W[1], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    for weighting in (W, OTHER[1]):
+        with pytest.raises(ValueError, match="belongs to its weighting"):
+            model(step, past_key_values=cache, reward_weights=weighting)
+    got = model(step, past_key_values=cache, reward_weights=W[1]).logits[:, -1]
+    rows = torch.cat([prompt.expand(2, -1), step], dim=1)
+    assert torch.allclose(got, model(rows, reward_weights=W[1]).logits[:, -1], atol=1e-5)
+    mixed = model(IDS, reward_weights=W, use_cache=True).past_key_values
+    mixed.batch_select_indices(torch.tensor([1]))
+    with pytest.raises(ValueError, match="belongs to its weighting"):
+        model(step[:1], past_key_values=mixed, reward_weights=W[1])

@@ -74,7 +74,7 @@ def test_shared_parts_follow_lambda_alone():
     assert torch.equal(*by_weights)
     assert not torch.allclose(by_weights[0], model(IDS, reward_weights=[1.0, 0.0], kl_weight=0.5).logits, atol=1e-3)
     assert torch.equal(model(IDS, kl_weight=1.0).logits, tiny_llama()(IDS).logits)
-    with pytest.raises(ValueError, match=r"coefficients has shape \[2, 2\].* takes 3 .*lambda"):
+    with pytest.raises(ValueError, match=r"coefficients has shape \[2, 2\].* takes a tensor \[B, 3\].*lambda"):
         model(IDS, coefficients=W)
 
 
@@ -254,6 +254,26 @@ def test_hooked_models_collapse():
     randomise_deltas(model)
     got = model.collapse([0.5, 0.5])(IDS).logits
     assert torch.allclose(got, model(IDS, reward_weights=[0.5, 0.5]).logits, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (["q_proj", "k_prj"], r"'k_prj' of target_modules=.* near names: \['k_proj'"),
+        (["vproj"], r"near names: .*'v_proj'"),
+        (r".*\.q_prj", r"near names: .*'q_proj'.*a string is a regular expression of the whole path"),
+        ("q_proj", "a string is a regular expression of the whole path"),
+    ],
+)
+def test_targets_that_match_nothing_list_near_names(targets, words):
+    with pytest.raises(ValueError, match=words):
+        condition(tiny_llama(), target_modules=targets)
+
+
+@pytest.mark.parametrize("given", [torch.tensor([0.5, 0.5]), W.tolist(), torch.ones(2, 3)])
+def test_coefficients_of_another_form_are_refused_by_name(given):
+    with pytest.raises(ValueError, match=r"coefficients has shape .* takes a tensor \[B, 2\]"):
+        condition(tiny_llama())(IDS, coefficients=given)
 
 
 def test_what_cannot_be_conditioned_leaves_the_model_as_it_was():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from clp_engine.weighting import kl_coefficient, kl_coefficients, reward_weights_tensor, simplex_grid
+from clp_engine.weighting import kl_coefficient, kl_coefficients, num_rows, reward_weights_tensor, simplex_grid
 
 NAMES = ["long", "short"]
 
@@ -19,6 +19,10 @@ NAMES = ["long", "short"]
         [0.25, 0.75],
         torch.tensor([0.25, 0.75]),
         torch.tensor([[0.25, 0.75]] * 3, dtype=torch.float64),
+        np.array([[0.25, 0.75]] * 3),
+        [torch.tensor([0.25, 0.75])] * 3,
+        [np.float32(0.25), torch.tensor(0.75)],
+        ({"long": torch.tensor(0.25), "short": np.float64(0.75)},) * 3,
     ],
 )
 def test_every_form_gives_the_same_tensor(weights):
@@ -40,6 +44,9 @@ def test_every_form_gives_the_same_tensor(weights):
         ([-0.5, 1.5], [">= 0", "-0.5"]),
         ([0.5, 0.6], ["sum to 1", "1.1"]),
         (torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.4]]), ["row 2", "0.9"]),
+        ({"long": [1.0, 0.2, 0.5], "short": [0.0, 0.8, 0.5]}, ["'long'", "a list of dicts"]),
+        ("long=1", ["a str", "a dict"]),
+        (({"long": 1.0, "short": 0.0} for _ in range(3)), ["a generator", "a list of dicts"]),
     ],
 )
 def test_bad_weights_name_the_row_and_the_values(weights, words):
@@ -47,6 +54,13 @@ def test_bad_weights_name_the_row_and_the_values(weights, words):
         reward_weights_tensor(weights, NAMES, 3)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("kl_weight", ["0.5", [0.5, None]])
+def test_kl_weights_that_are_no_numbers_are_named(kl_weight):
+    for call in (lambda: kl_coefficients(kl_weight, 2, 0.01), lambda: num_rows(None, kl_weight)):
+        with pytest.raises(ValueError, match=r"kl_weight is .* expected a number"):
+            call()
 
 
 def test_free_domain_takes_any_finite_weights_and_no_others():
