@@ -70,9 +70,7 @@ def test_family(family, smollm2, batch, before, tmp_path):
     after = logits(model, batch, reward_weights=W)
     seen = batch["attention_mask"].bool()
     assert all(rms((after - before)[row][seen[row]]) > 0.1 for row in range(3))
-    together = generate(model, batch)
-    for row in range(3):
-        assert torch.equal(generate(model, batch, slice(row, row + 1)), together[row : row + 1])
+    assert torch.equal(generate(model, batch, slice(1, 2)), generate(model, batch)[1:2])
     _check_collapse(model, batch, after)
     model.save_pretrained(tmp_path)
     loaded = clp.CLPModel.from_pretrained(tmp_path, base_model=copy.deepcopy(smollm2[0]))
@@ -82,14 +80,13 @@ def test_family(family, smollm2, batch, before, tmp_path):
 
 
 def _check_collapse(model, batch, after):
-    """Under a mix and under one copy alone, against the plain model of that weighting."""
+    """The row of copy `short` alone, against the plain model of that weighting."""
     if model.clp_config.parameterization == "soft_tokens":
         with pytest.raises(NotImplementedError, match="soft_tokens"):
-            model.collapse(W[0])
+            model.collapse(W[2])
         return
-    for row in (1, 2):
-        seen = batch["attention_mask"][row].bool()
-        plain = model.collapse(W[row])
-        single = logits(plain, batch)[row][seen]
-        exact = logits(plain.double(), batch)[row][seen]
-        assert rms(after[row][seen] - exact) <= 2 * rms(single - exact)
+    seen = batch["attention_mask"][2].bool()
+    plain = model.collapse(W[2])
+    single = logits(plain, batch)[2][seen]
+    exact = logits(plain.double(), batch)[2][seen]
+    assert rms(after[2][seen] - exact) <= 2 * rms(single - exact)
