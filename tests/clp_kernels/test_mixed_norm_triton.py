@@ -132,8 +132,8 @@ def test_two_runs_give_the_same_bits():
 
 
 def test_many_rows_err_no_more_than_torchs():
-    """Sums of one sign over 1000 rows, whose partial sums grow."""
-    a = problem(1000, 16, 1)
+    """Sums of one sign over 300 rows, whose partial sums grow."""
+    a = problem(300, 16, 1)
     a = {n: t if n == "row_map" else t.abs() for n, t in a.items()}
     results = []
     for op, dtype, settings in ((mixed_norm_ref, F64, {}), (mixed_norm_ref, F32, {}), (mixed_norm, F32, TRITON)):
