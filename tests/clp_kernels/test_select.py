@@ -76,20 +76,9 @@ def test_supported(name, device):
         ("mps", {"x": F32}, ALL, "reference"),
     ],
 )
-@pytest.mark.parametrize("op", ["low_rank_linear", "mixed_embedding", "mixed_norm"])
+@pytest.mark.parametrize("op", ["low_rank_linear", "mixed_embedding", "mixed_linear_logprob", "mixed_norm"])
 def test_auto_of_the_other_operators(op, device, dtypes, missing, expected):
     assert select(OperatorCall(op, device, dtypes), missing) == expected
-
-
-def test_auto_of_an_operator_without_a_gpu_form():
-    assert select(OperatorCall("mixed_linear_logprob", "cuda", {"hidden": F32}), ALL) == "reference"
-
-
-@pytest.mark.parametrize(
-    ("dtype", "missing", "expected"), [(BF16, ALL, "triton"), (F64, ALL, "reference"), (BF16, NOTHING, "reference")]
-)
-def test_auto_of_the_head_on_a_gpu(dtype, missing, expected):
-    assert select(OperatorCall("mixed_linear_logprob", "cuda", {"hidden": dtype}), missing) == expected
 
 
 @pytest.mark.parametrize(
