@@ -17,11 +17,11 @@ import copy
 import pytest
 import torch
 from architectures import CONFIGS, load
+from mixed_linear_support import needs_cpp
 from tests_support import randomise_deltas, tiny_llama
 
 import clp_engine as clp
 from clp_engine.layers import conditioned_layers
-from clp_kernels import available_backends
 
 REWARDS = ["long", "short"]
 FAMILIES = {
@@ -150,7 +150,6 @@ def _check_generation(model, name):
             assert torch.equal(together[row : row + 1], alone)
 
 
-needs_cpp = pytest.mark.skipif(available_backends()["cpp"] is not None, reason="the extension is not built")
 MANY_IDS = torch.randint(2, 32, (8, 5), generator=torch.Generator().manual_seed(0))  # more rows than are streamed
 MANY_W = torch.rand(8, 2, generator=torch.Generator().manual_seed(1)).softmax(dim=1)
 
