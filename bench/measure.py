@@ -19,6 +19,7 @@ from bench.report import describe_case
 from bench.workload import CEILING, OURS, Contender, Workload, clear_gradients, run, synchronize
 
 MIN_ROUND_S = 2e-4  # shorter rounds are mostly the clock's
+MIN_GPU_ROUND_S = 1e-3  # by a call launched from Python; a graph's start and end then are a hundredth or less
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 SLOW_S = 1.0  # 3 rounds have to do where one of ours, ceiling and limits takes longer; of a peer that slow the first
 LONG_CALL_S = 2.0  # a first call this long is its own warm-up
@@ -74,13 +75,15 @@ def measure(benchmark: Any, work: Workload, budget_s: float, with_compiled: bool
             else:
                 work.contenders[name] = contender
     del expected
-    calls = work.calls or len(work.sets) * (int(MIN_ROUND_S / costs[CEILING] / len(work.sets)) + 1)
+    shortest_s = MIN_GPU_ROUND_S if work.case.is_gpu else MIN_ROUND_S
+    calls = work.calls or len(work.sets) * (int(shortest_s / costs[CEILING] / len(work.sets)) + 1)
     buffer = _read_buffer(work)
-    plan = _plan(work, calls, buffer, costs, budget_s)
+    reads = calls // len(work.sets) if work.case.is_gpu and buffer is work.streams else 1  # of the whole rotation
+    plan = _plan(work, calls, buffer, reads, costs, budget_s)
     order, ours_s = iter(range(plan.rounds)), plan.seconds.setdefault(OURS, [])
     ours = plan.functions[OURS]
     benchmark.pedantic(lambda: ours_s.append(ours()), setup=lambda: plan.run_others(next(order)), rounds=plan.rounds)
-    figures = Figures(calls, plan.seconds, peaks, shares, buffer.numel() * buffer.element_size())
+    figures = Figures(calls, plan.seconds, peaks, shares, reads * buffer.numel() * buffer.element_size())
     benchmark.extra_info.update(describe_case(work, figures, left_out))
     if wrong:
         raise wrong[0]
@@ -155,10 +158,10 @@ class Plan:
                 self.clear(name)
 
 
-def _plan(work: Workload, calls: int, buffer: Tensor, costs: dict[str, float], budget_s: float) -> Plan:
+def _plan(work: Workload, calls: int, buffer: Tensor, reads: int, costs: dict[str, float], budget_s: float) -> Plan:
     """Half of the time for ours, the ceiling and the reads, which take part in every round; half for the others."""
     costs = {name: calls * cost for name, cost in costs.items()}
-    functions = _limit_rounds(work, buffer)
+    functions = _limit_rounds(work, buffer, reads)
     functions |= {name: _make_round(work, name, calls) for name in work.contenders}
 
     def clear(name: str) -> None:
@@ -205,13 +208,16 @@ def _make_round(work: Workload, name: str, calls: int) -> Callable[[], float]:
     return lambda: device_seconds(replay, work.device)
 
 
-def _limit_rounds(work: Workload, buffer: Tensor) -> dict[str, Callable[[], float]]:
+def _limit_rounds(work: Workload, buffer: Tensor, reads: int) -> dict[str, Callable[[], float]]:
     """One pass of each read kernel over the rotation, and one GEMM.
 
-    On a GPU a call has its own ramp and tail, so a read is as long as one: a launch for each weight set.
+    On a GPU a launch has its own ramp and tail, and so has a graph: there are as many reads as calls, each of one
+    weight set's bytes.
     """
-    parts = len(work.sets) if work.case.is_gpu and buffer is work.streams else 1
-    limits = rooflines.reads_in_turn(buffer, parts) if parts > 1 else rooflines.read_kernels(buffer)
+    if work.case.is_gpu and buffer is work.streams:
+        limits = rooflines.reads_in_turn(buffer, len(work.sets), reads)
+    else:
+        limits = rooflines.read_kernels(buffer)
     if work.gemm is not None:
         limits["gemm"] = rooflines.gemm(*work.gemm)
 

@@ -38,9 +38,9 @@ def read_kernels(streams: Tensor) -> dict[str, Callable[[], object]]:
     return found
 
 
-def reads_in_turn(buffer: Tensor, parts: int) -> dict[str, Callable[[], object]]:
-    """Reads of `parts` equal parts of a byte buffer, one call for each: the bytes of a call are those of a set's."""
-    by_part = [read_kernels(part) for part in buffer.view(parts, -1)]
+def reads_in_turn(buffer: Tensor, parts: int, times: int) -> dict[str, Callable[[], object]]:
+    """Reads of `parts` equal parts of a byte buffer, one call for each, `times` over."""
+    by_part = [read_kernels(part) for part in buffer.view(parts, -1)] * times
 
     def in_turn(name: str) -> Callable[[], object]:
         return lambda: [part[name]() for part in by_part]
