@@ -6,6 +6,7 @@
 # RESULTS=FOLDER       where everything goes (default: runs/gpu)
 # PYTHON=python3       the Python that has torch, triton, setuptools, ninja, pytest and pytest-benchmark (default: the
 #                      checkout's .venv, else python3); with pytest-xdist the tests run side by side
+# LIMIT=SECONDS        for each stage, instead of its own
 #
 # Nothing is installed: the extension is built in place, and PYTHONPATH names the checkout. Every stage runs even if an
 # earlier one failed. RESULTS gets a log of each, summary.txt with their verdicts, and of `bench` <device>-<date>.json and
@@ -49,7 +50,7 @@ summary=$results/summary.txt
 failed=0
 
 within() {  # within SECONDS COMMAND...: interrupts it then, which lets pytest report, and kills it 10 s later
-  timeout --signal=INT --kill-after=10 "$@"
+  timeout --signal=INT --kill-after=10 "${LIMIT:-$1}" "${@:2}"
 }
 
 stage() {  # stage NAME: runs `run_NAME`, keeps its output in NAME.log and its verdict in the summary
@@ -108,7 +109,7 @@ run_test() {  # those that run on the GPU: the others need none
 }
 
 run_bench() {  # a process for each module, so that a crash costs one; what matters most first
-  local deadline=$((SECONDS + 240)) name=$device-$(date +%Y-%m-%d) status=0 left limit module
+  local deadline=$((SECONDS + ${LIMIT:-240})) name=$device-$(date +%Y-%m-%d) status=0 left limit module
   local records=$results/records.jsonl
   rm -f "$records"
   for module in mixed_linear:125 mixed_linear_logprob:50 low_rank_linear:45 qwen2:60; do
