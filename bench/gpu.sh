@@ -9,9 +9,9 @@
 # LIMIT=SECONDS        for each stage, instead of its own
 #
 # Nothing is installed: the extension is built in place, and PYTHONPATH names the checkout. Every stage runs even if an
-# earlier one failed. RESULTS gets a log of each, summary.txt with their verdicts, and of `bench` <device>-<date>.json and
-# .md; a line of JSON is written after every case, so a time limit loses one case. What is not there (a peer, a tool, the
-# demo's model) is recorded by name. The exit status is 1 if a stage failed, 2 if there is no usable GPU.
+# earlier one failed. RESULTS gets a log of each, summary.txt with their verdicts, and of `bench` <device>-<date>.json
+# and .md; a line of JSON is written after every case, so a time limit loses one case. What is not there (a peer, a tool,
+# the demo's model) is recorded by name. The exit status is 1 if a stage failed, 2 if there is no usable GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -103,9 +103,9 @@ run_test() {  # those that run on the GPU: the others need none
   else
     echo "pytest-xdist: not there, the tests run one after the other"
   fi
-  CUBLAS_WORKSPACE_CONFIG=:4096:8 within 180 "${pytest[@]}" ${workers[@]+"${workers[@]}"} tests/clp_kernels/test_*_triton.py tests/clp_kernels/test_cuda_source.py \
-    -k "not test_cuda_source or on_a_gpu" --benchmark-skip -rsf --tb=short --durations=5 \
-    --junitxml="$results/tests.xml"
+  CUBLAS_WORKSPACE_CONFIG=:4096:8 within 180 "${pytest[@]}" ${workers[@]+"${workers[@]}"} \
+    tests/clp_kernels/test_*_triton.py tests/clp_kernels/test_cuda_*.py -k "not test_cuda_ or on_a_gpu" \
+    --benchmark-skip -rsf --tb=short --durations=5 --junitxml="$results/tests.xml"
 }
 
 run_bench() {  # a process for each module, so that a crash costs one; what matters most first
@@ -135,7 +135,7 @@ run_sanitize() {  # a few launches of each kernel of mixed_linear, without torch
     return 77
   fi
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 within 60 compute-sanitizer --tool memcheck --error-exitcode 86 \
-    "${pytest[@]}" -p no:xdist -q tests/clp_kernels/test_mixed_linear_triton.py tests/clp_kernels/test_cuda_source.py \
+    "${pytest[@]}" -p no:xdist -q tests/clp_kernels/test_mixed_linear_triton.py tests/clp_kernels/test_cuda_*.py \
     -k "(test_values_and_gradients and bfloat16-deltas-bfloat16) or (on_a_gpu and bfloat16-deltas-bfloat16)"
 }
 

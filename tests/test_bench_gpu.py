@@ -218,7 +218,8 @@ def run_script(folder: Path, device: str, *stages: str, **environment: str) -> s
     records.start(records_path, {**FACTS, "datetime": "2026-11-28T00:00:00"})
     stub.write_text(STUB.format(device=device, records=records_path, python=sys.executable))
     stub.chmod(0o755)
-    variables = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(folder), "PYTHON": str(stub), "RESULTS": str(folder / "results"), **environment}
+    variables = {"PATH": "/usr/bin:/bin", "CUDA_HOME": str(folder), "PYTHON": str(stub)}
+    variables |= {"RESULTS": str(folder / "results"), **environment}
     command = ["bash", str(ROOT / "bench/gpu.sh"), *stages]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables})
 
