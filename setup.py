@@ -146,7 +146,9 @@ def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) ->
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     # USE_CUDA opens the stream and device-guard part of the stable headers, also in torch's CPU build.
     # One thread for each of the codes.
-    flags = f"-std=c++17 -O3 --threads={len(codes)} -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(STABLE_ABI)}"
+    flags = (
+        f"-std=c++17 -O3 --threads={len(codes)} -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(STABLE_ABI)}"
+    )
     nvcc = find_nvcc()
     library = torch_folder() / "lib"
     # The CUDA runtime is linked statically: torch brings its own, and a CPU-only torch has none.
