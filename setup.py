@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -67,13 +68,17 @@ class NinjaBuild(build_ext):
         compiler = find_compiler()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        for extension in self.extensions:
+
+        def build(extension: Extension) -> None:
             output = Path(self.get_ext_fullpath(extension.name)).resolve()
             output.parent.mkdir(parents=True, exist_ok=True)
-            build = cuda_build if extension.name.endswith("_cuda") else cpu_build
+            ninja = cuda_build if extension.name.endswith("_cuda") else cpu_build
             file = folder / f"{extension.name}.ninja"
-            file.write_text(build(extension.sources, output, folder, compiler))
+            file.write_text(ninja(extension.sources, output, folder, compiler))
             self.run_ninja(extension.name, file)
+
+        with ThreadPoolExecutor() as pool:  # the CUDA part beside the CPU part: nvcc takes as long as all of that
+            list(pool.map(build, self.extensions))
 
     def run_ninja(self, name: str, file: Path) -> None:
         result = subprocess.run([*ninja_command(), "-f", str(file)], capture_output=True, text=True)
@@ -140,7 +145,10 @@ def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) ->
     newest = CUDA_ARCHITECTURES[-1]
     codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     # USE_CUDA opens the stream and device-guard part of the stable headers, also in torch's CPU build.
-    flags = f"-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(STABLE_ABI)}"
+    # One thread for each of the codes.
+    flags = (
+        f"-std=c++17 -O3 --threads={len(codes)} -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(STABLE_ABI)}"
+    )
     nvcc = find_nvcc()
     library = torch_folder() / "lib"
     # The CUDA runtime is linked statically: torch brings its own, and a CPU-only torch has none.

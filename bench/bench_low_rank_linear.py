@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import targets
-from bench.cases import Case, product
+from bench.cases import Case, product, shrunk
 from bench.correctness import Answers, Part, expect, sample
-from bench.workload import CEILING, OURS, Call, Contender, Draw, Tensors, Workload, num_bytes, rotate
+from bench.workload import CEILING, OURS, Call, Contender, Draw, Tensors, Workload, gemm_operands, num_bytes, rotate
 from clp_kernels import low_rank_linear, low_rank_linear_ref
 
 RANK = 16
 MAX_LOOPED = 64  # weightings up to which a call for each is a peer at all
-GEMM_ROWS = 512
 
 
 def test_low_rank_linear(measured: Callable[[Workload], None], case: Case, device: str) -> None:
@@ -32,7 +31,7 @@ def test_low_rank_linear(measured: Callable[[Workload], None], case: Case, devic
 def cases(suite: str, device: str) -> dict[str, Case]:
     if suite == "tiny":
         train = Case(24, 48, 40, 3, 4, "bf16", "f32", gradients="all", rank=4)
-        return {"tiny-lowrank": Case(6, 48, 40, 2, 3, rank=4), "tiny-lowrank-train": train}
+        return {"tiny-lowrank": Case(6, 48, 40, 2, 3, rank=4), "tiny-lowrank-train": train} | shrunk(gpu_cases())
     if suite == "full":
         return product(rank=RANK)
     found = {f"lowrank-f32-K4-M{M}-S64": Case(M, 2048, 2048, 4, 64, rank=RANK, is_cold=True) for M in (64, 256, 2048)}
@@ -43,8 +42,17 @@ def cases(suite: str, device: str) -> dict[str, Case]:
     return found
 
 
+def gpu_cases() -> dict[str, Case]:
+    one = Case(64, 4096, 4096, 4, 64, "bf16", rank=RANK, is_cold=True, is_graph=True, is_gpu=True)
+    found = {f"lowrank-bf16-K4-M{M}-S64": replace(one, M=M) for M in (64, 512, 2048)}
+    return found | {"lowrank-bf16-K4-M2048-S64-eager": replace(one, M=2048, is_graph=False)}
+
+
 def goals(case: Case) -> tuple[targets.Target, ...]:
     """Adapters cost their own operations and 5 %; PEFT, 4 active adapters, one call for each weighting."""
+    if case.is_gpu:
+        share = case.K * case.rank * (case.D + case.N) / (case.N * case.D)
+        return targets.at_most_times_plain(1.05 * (1 + share)), targets.peak_at_most(32.0)
     if case.gradients != "none" or case.dtype != "f32":
         return ()
     share = case.K * case.rank * (case.D + case.N) / (case.N * case.D)
@@ -79,7 +87,7 @@ def build(case: Case, device: str) -> Workload:
         stream_bytes=num_bytes(adapters | base),
         row_bytes=num_bytes({"x": shared["x"], "y": dy_MN}),
         flops=base_flops + adapter_flops if is_forward else 2 * base_flops + 3 * adapter_flops,
-        gemm=(draw.normal(GEMM_ROWS, case.D, dtype=dtype), sets[0]["base"]),
+        gemm=gemm_operands(draw, sets[0]["base"]),
         targets=goals(case),
     )
 
@@ -106,7 +114,8 @@ def contenders(case: Case, sets: Sequence[Tensors]) -> dict[str, Contender]:
         calls |= {"premix": premix(case), "adapter_loop": adapter_loop(case)}
         if case.gradients == "none" and find_spec("peft") is not None:
             calls["peft"] = peft(case, sets)
-    found = {name: Contender(call, case.trained("x", "down", "up")) for name, call in calls.items()}
+    trained, on_host = case.trained("x", "down", "up"), ("adapter_loop", "peft")  # these read coefficients there
+    found = {name: Contender(call, trained, is_capturable=name not in on_host) for name, call in calls.items()}
     return found | {CEILING: Contender(plain, case.trained("x"), CEILING)}
 
 

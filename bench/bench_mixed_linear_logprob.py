@@ -7,19 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench import targets
-from bench.cases import HIDDEN, Case, product
+from bench.cases import HIDDEN, Case, product, shrunk
 from bench.correctness import Answers, Expected, sample
-from bench.workload import CEILING, OURS, Contender, Draw, Tensors, Workload, num_bytes
+from bench.workload import CEILING, OURS, Contender, Draw, Tensors, Workload, gemm_operands, num_bytes
 from clp_kernels import mixed_linear_logprob, mixed_linear_ref
 
 VOCABULARIES = {"smollm2-135m": 49152, "0.5b": 151936, "1.5b": 151936, "7b": 32000}
-GEMM_ROWS, GEMM_OUTPUTS = 512, 4096
+GEMM_OUTPUTS = 4096
 OUTPUTS = ("log_prob", "entropy")
 NUM_CHECKED = 8
 MAX_MIXED = 65536  # words up to which mixing logits is a peer: three times the ceiling's time and memory
@@ -33,7 +34,8 @@ def test_mixed_linear_logprob(measured: Callable[[Workload], None], case: Case, 
 def cases(suite: str, device: str) -> dict[str, Case]:
     if suite == "tiny":
         trained = Case(12, 200, 40, 2, 4, gradients="all", has_entropy=True)
-        return {"tiny-head-trained": trained, "tiny-head-frozen": Case(12, 200, 40, 3, 1, "bf16", gradients="x")}
+        tiny = {"tiny-head-trained": trained, "tiny-head-frozen": Case(12, 200, 40, 3, 1, "bf16", gradients="x")}
+        return tiny | shrunk(gpu_cases())
     if suite == "full":
         layers = {model: ((V, HIDDEN[model]),) for model, V in VOCABULARIES.items()}
         found = product(layers, rows=(1, 16, 128, 512), gradients=("none", "x", "all"))
@@ -47,8 +49,22 @@ def cases(suite: str, device: str) -> dict[str, Case]:
     }
 
 
+def gpu_cases() -> dict[str, Case]:
+    """Qwen2.5-1.5B's head: one weighting, and one for each token."""
+    one = Case(4096, VOCABULARIES["1.5b"], HIDDEN["1.5b"], 2, 1, "bf16", is_graph=True, is_gpu=True)
+    found = {"head-bf16-K2-M4096": one, "head-bf16-K2-M4096-rows": replace(one, S=4096)}
+    return found | {
+        "head-bf16-K2-M8192": replace(one, M=8192),
+        "head-bf16-K2-M4096-wide": replace(one, N=65536, D=4096),
+    }
+
+
 def goals(case: Case) -> tuple[targets.Target, ...]:
     """A trained head makes its logits twice; without a gradient of entropy a frozen one forms dx in the forward."""
+    if case.is_gpu:  # under one weighting one product is enough, else each stream has its own
+        products = 1 if case.S == 1 else case.K + 1
+        at_rate = targets.products_at_rate(products * 2 * case.M * case.N * case.D, 0.8)
+        return at_rate, targets.peak_at_most(32.0)
     if case.gradients == "none":
         return ()
     over_plain = 1.4 if case.gradients == "all" else 1.5 if case.has_entropy else 1.15
@@ -71,7 +87,7 @@ def build(case: Case, device: str) -> Workload:
         case,
         device,
         [t],
-        contenders(case),
+        contenders(case, device),
         expected=lambda: answers(case, t, rows, d_checked),
         outputs=outputs,
         gradients=tuple(d_outputs),
@@ -79,21 +95,25 @@ def build(case: Case, device: str) -> Workload:
         stream_bytes=num_bytes({"base": t["base"], "deltas": t["deltas"]}),
         row_bytes=num_bytes({"x": t["x"], "outputs": d_outputs}),
         flops=2 * case.M * case.N * case.D * products,
-        gemm=(draw.normal(GEMM_ROWS, case.D, dtype=dtype), t["premixed"].detach()[:GEMM_OUTPUTS]),
+        gemm=gemm_operands(draw, t["premixed"].detach()[:GEMM_OUTPUTS]),
         targets=goals(case),
+        notes={name: "not installed" for name in PACKAGES if case.is_gpu and find_spec(PACKAGES[name]) is None},
     )
 
 
-def contenders(case: Case) -> dict[str, Contender]:
+def contenders(case: Case, device: str) -> dict[str, Contender]:
     mixing, alone = case.trained("x", "deltas"), case.trained("x", "premixed")
     found = {
         OURS: Contender(ours(case), mixing),
         CEILING: Contender(lambda t: from_logits(plain(t), t["targets"], case.has_entropy), alone, CEILING),
     }
-    if case.N <= MAX_MIXED:
+    if case.N <= MAX_MIXED or device == "cuda":
         found["concat"] = Contender(lambda t: from_logits(concat(t), t["targets"], case.has_entropy), mixing)
     if not case.has_entropy and hasattr(F, "linear_cross_entropy"):
         found["linear_cross_entropy"] = Contender(cross_entropy, alone, CEILING)
+    for name, package in PACKAGES.items():
+        if case.is_gpu and device == "cuda" and find_spec(package) is not None:
+            found[name] = Contender(FUSED[name], alone, CEILING)
     return found
 
 
@@ -128,6 +148,22 @@ def cross_entropy(t: Tensors) -> Tensor:
     options = torch.nn.LinearCrossEntropyOptions()
     loss_M = F.linear_cross_entropy(t["x"], t["premixed"], t["targets"], reduction="none", options=options)
     return -loss_M.float()
+
+
+def liger(t: Tensors) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return -LigerFusedLinearCrossEntropyLoss(reduction="none")(t["premixed"], t["x"], t["targets"]).float()
+
+
+def cut_cross_entropy(t: Tensors) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(t["x"], t["premixed"], t["targets"], reduction="none").float()
+
+
+PACKAGES = {"liger": "liger_kernel", "cut_cross_entropy": "cut_cross_entropy"}  # heads on one weight, where installed
+FUSED = {"liger": liger, "cut_cross_entropy": cut_cross_entropy}
 
 
 def answers(case: Case, t: Tensors, rows: Tensor, d_outputs: Tensor) -> Answers:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench import targets
 from bench.bench_overhead import SMOLLM2
-from bench.measure import seconds_of
+from bench.clock import seconds_of
 from bench.workload import synchronize
 
 ROUNDS = 3

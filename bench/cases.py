@@ -33,6 +33,8 @@ class Case:
     dtype: of x and base. deltas: of what is trained, "" for the same. rank: of each copy that is low-rank.
     gradients: "none" (forward alone), "x", or "all" (x and what is trained).
     is_cold: rotates over more weights than the last-level cache holds. is_graph: replayed from a CUDA graph.
+    is_gpu: of the suite for GPUs, with its goals, peers and limits.
+    counts: other numbers of weightings that the same rows are also timed under, in the same rounds.
     """
 
     M: int
@@ -48,6 +50,8 @@ class Case:
     has_entropy: bool = False
     is_cold: bool = False
     is_graph: bool = False
+    is_gpu: bool = False
+    counts: tuple[int, ...] = ()
 
     @property
     def x_dtype(self) -> torch.dtype:
@@ -66,6 +70,17 @@ class Case:
     def trained(self, *names: str) -> tuple[str, ...]:
         """Of the tensors that a full backward differentiates, those that this case does."""
         return {"none": (), "x": tuple(name for name in names if name == "x"), "all": names}[self.gradients]
+
+
+def shrunk(cases: Mapping[str, Case]) -> dict[str, Case]:
+    """The kinds among `cases`, in sizes that take no time: a test of what else would run on a GPU alone."""
+    found: dict[Case, str] = {}
+    for name, case in cases.items():
+        S = 12 if case.S == case.M else min(case.S, 4)
+        sizes = {"M": 12, "N": 64, "D": 40, "K": 2, "S": S, "rank": min(case.rank, 4), "counts": case.counts[:2]}
+        # Not cold: of such weights thousands of sets would fill a cache.
+        found.setdefault(replace(case, **sizes, is_cold=False, is_graph=False), f"tiny-{name}")
+    return {name: case for case, name in found.items()}
 
 
 def weightings(M: int) -> dict[str, int]:

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from bench import rooflines
+from bench.clock import capture, device_seconds, seconds_of
 from bench.correctness import Answers, check
 from bench.memory import measure_peak
 from bench.report import describe_case
 from bench.workload import CEILING, OURS, Contender, Workload, clear_gradients, run, synchronize
 
 MIN_ROUND_S = 2e-4  # shorter rounds are mostly the clock's
+MIN_GPU_ROUND_S = 1e-3  # by a call launched from Python; a graph's start and end then are a hundredth or less
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 SLOW_S = 1.0  # 3 rounds have to do where one of ours, ceiling and limits takes longer; of a peer that slow the first
 LONG_CALL_S = 2.0  # a first call this long is its own warm-up
@@ -41,42 +43,55 @@ class Figures:
 def measure(benchmark: Any, work: Workload, budget_s: float, with_compiled: bool) -> None:
     """Check, then time all contenders of `work`, and fill the benchmark's extra_info.
 
-    pytest-benchmark's own statistics are those of rounds of ours.
+    pytest-benchmark's own statistics are those of rounds of ours, on the host's clock.
+
+    Raises:
+        AssertionError: an output is wrong; a peer's after everything else was measured.
     """
+    wrong: list[AssertionError] = []
     expected = work.expected()
     costs, shares = {}, {}
     for name in sorted(work.contenders, key=lambda name: name not in (OURS, CEILING)):
         if name in work.mixing_peers and is_hopeless(costs):
             continue
-        costs[name], shares[name] = _prove(work, name, work.contenders[name], expected)
-    left_out = [name for name in work.contenders if name not in costs]
+        try:
+            costs[name], shares[name] = _prove(work, name, work.contenders[name], expected)
+        except Exception as error:
+            if name in (OURS, CEILING):
+                raise
+            wrong += [error] if isinstance(error, AssertionError) else []
+            work.note(name, error)
+    left_out = [name for name in work.contenders if name not in costs and name not in work.notes]
     work.contenders = {name: work.contenders[name] for name in work.contenders if name in costs}
     peaks = {name: _peak(work, work.contenders[name]) for name in (OURS, CEILING)}
     if with_compiled:
         for name, contender in _compiled_peers(work, costs).items():
-            work.contenders[name] = contender
-            _run_first(work, contender, work.gradients)  # compiles
-            costs[name], shares[name] = _prove(work, name, contender, expected)
+            try:
+                _run_first(work, contender, work.gradients)  # compiles
+                costs[name], shares[name] = _prove(work, name, contender, expected)
+            except Exception as error:
+                wrong += [error] if isinstance(error, AssertionError) else []
+                work.note(name, error)
+            else:
+                work.contenders[name] = contender
     del expected
-    calls = work.calls or len(work.sets) * (int(MIN_ROUND_S / costs[CEILING] / len(work.sets)) + 1)
+    shortest_s = MIN_GPU_ROUND_S if work.case.is_gpu else MIN_ROUND_S
+    calls = work.calls or len(work.sets) * (int(shortest_s / costs[CEILING] / len(work.sets)) + 1)
     buffer = _read_buffer(work)
-    plan = _plan(work, calls, buffer, costs, budget_s)
-    order = iter(range(plan.rounds))
-    benchmark.pedantic(plan.functions[OURS], setup=lambda: plan.run_others(next(order)), rounds=plan.rounds)
-    plan.seconds[OURS] = [benchmark.stats.stats.median]
-    figures = Figures(calls, plan.seconds, peaks, shares, buffer.numel() * buffer.element_size())
+    reads = calls // len(work.sets) if work.case.is_gpu and buffer is work.streams else 1  # of the whole rotation
+    plan = _plan(work, calls, buffer, reads, costs, budget_s)
+    order, ours_s = iter(range(plan.rounds)), plan.seconds.setdefault(OURS, [])
+    ours = plan.functions[OURS]
+    benchmark.pedantic(lambda: ours_s.append(ours()), setup=lambda: plan.run_others(next(order)), rounds=plan.rounds)
+    figures = Figures(calls, plan.seconds, peaks, shares, reads * buffer.numel() * buffer.element_size())
     benchmark.extra_info.update(describe_case(work, figures, left_out))
+    if wrong:
+        raise wrong[0]
 
 
 def is_hopeless(costs: dict[str, float]) -> bool:
     """torch's bfloat16 GEMM without AVX-512 takes 100 times ours."""
     return costs[CEILING] > max(LONG_CALL_S, HOPELESS * costs[OURS])
-
-
-def seconds_of(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def _run_first(work: Workload, contender: Contender, gradients: tuple[Tensor, ...] | None) -> dict[str, Tensor]:
@@ -120,13 +135,14 @@ def _compiled_peers(work: Workload, costs: dict[str, float]) -> dict[str, Conten
 
 @dataclass
 class Plan:
-    """What is timed: functions that make one round each; a slow one takes part in every `strides[name]`-th only.
+    """What is timed: functions that make a round and return its seconds; a slow one takes part in every
+    `strides[name]`-th only.
 
     clear: frees the gradients that a round left, outside of its time. Two sets of a head's would not fit.
     """
 
     rounds: int
-    functions: dict[str, Callable[[], object]]
+    functions: dict[str, Callable[[], float]]
     strides: dict[str, int]
     clear: Callable[[str], None] = lambda _: None
     seconds: dict[str, list[float]] = field(default_factory=dict)
@@ -138,15 +154,15 @@ class Plan:
         begin = index % max(1, len(names))
         for name in names[begin:] + names[:begin]:
             if index % self.strides[name] == 0:
-                self.seconds.setdefault(name, []).append(seconds_of(self.functions[name]))
+                self.seconds.setdefault(name, []).append(self.functions[name]())
                 self.clear(name)
 
 
-def _plan(work: Workload, calls: int, buffer: Tensor, costs: dict[str, float], budget_s: float) -> Plan:
+def _plan(work: Workload, calls: int, buffer: Tensor, reads: int, costs: dict[str, float], budget_s: float) -> Plan:
     """Half of the time for ours, the ceiling and the reads, which take part in every round; half for the others."""
     costs = {name: calls * cost for name, cost in costs.items()}
-    functions = _limit_rounds(work, buffer)
-    functions |= {name: _make_round(work, contender, calls) for name, contender in work.contenders.items()}
+    functions = _limit_rounds(work, buffer, reads)
+    functions |= {name: _make_round(work, name, calls) for name in work.contenders}
 
     def clear(name: str) -> None:
         if name in work.contenders:
@@ -155,7 +171,7 @@ def _plan(work: Workload, calls: int, buffer: Tensor, costs: dict[str, float], b
     timed = set(costs) if calls == 1 else set()
     for name, function in functions.items():
         if costs.get(name, 0.0) < LONG_CALL_S:  # a round touches every weight set: on fewer they were in the cache
-            costs[name] = seconds_of(function)
+            costs[name] = function()
             timed.add(name)
             clear(name)
     always = [name for name in functions if name in (OURS, CEILING) or name.startswith("read-")]
@@ -172,45 +188,51 @@ def _plan(work: Workload, calls: int, buffer: Tensor, costs: dict[str, float], b
     return Plan(rounds, {name: functions[name] for name in functions if name not in once}, strides, clear, once)
 
 
-def _make_round(work: Workload, contender: Contender, calls: int) -> Callable[[], object]:
-    """Return a function that makes `calls` calls over the weight sets in turn and waits for the device."""
-    sets, outputs, gradients, mode = work.sets, work.outputs, work.gradients, work.mode
+def _make_round(work: Workload, name: str, calls: int) -> Callable[[], float]:
+    """Return a function that makes `calls` calls over the weight sets in turn and returns the seconds of all."""
+    contender, sets = work.contenders[name], work.sets
+    outputs, gradients, mode = work.outputs, work.gradients, work.mode
 
     def issue() -> None:
         with mode():
             for index in range(calls):
                 run(contender, sets[index % len(sets)], outputs, gradients)
 
-    replay: Callable[[], None] = issue
-    if work.case.is_graph:
-        issue()  # compiles and allocates outside of the capture
-        synchronize(work.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            issue()
-        replay = graph.replay
-
-    def timed() -> None:
-        replay()
-        synchronize(work.device)
-
-    return timed
+    replay: Callable[[], object] = issue
+    if work.replays_graphs and contender.is_capturable:
+        try:
+            replay = capture(issue)
+        except Exception as error:  # timed as it is launched from Python then, and said so
+            synchronize(work.device)
+            work.note(f"CUDA graph of {name}", error)
+    return lambda: device_seconds(replay, work.device)
 
 
-def _limit_rounds(work: Workload, buffer: Tensor) -> dict[str, Callable[[], object]]:
-    """One pass of each read kernel over the rotation, and one GEMM."""
-    limits = rooflines.read_kernels(buffer)
+def _limit_rounds(work: Workload, buffer: Tensor, reads: int) -> dict[str, Callable[[], float]]:
+    """One pass of each read kernel over the rotation, and one GEMM.
+
+    On a GPU a launch has its own ramp and tail, and so has a graph: there are as many reads as calls, each of one
+    weight set's bytes.
+    """
+    if work.case.is_gpu and buffer is work.streams:
+        limits = rooflines.reads_in_turn(buffer, len(work.sets), reads)
+    else:
+        limits = rooflines.read_kernels(buffer)
     if work.gemm is not None:
         limits["gemm"] = rooflines.gemm(*work.gemm)
 
-    def waiting(function: Callable[[], object]) -> Callable[[], object]:
-        def call() -> None:
-            function()
-            synchronize(work.device)
+    def round_of(name: str, function: Callable[[], object]) -> Callable[[], float]:
+        replay = function
+        function()  # compiles
+        if work.replays_graphs:
+            try:
+                replay = capture(function)
+            except Exception as error:
+                synchronize(work.device)
+                work.note(f"CUDA graph of {name}", error)
+        return lambda: device_seconds(replay, work.device)
 
-        return call
-
-    return {name: waiting(function) for name, function in limits.items()}
+    return {name: round_of(name, function) for name, function in limits.items()}
 
 
 def _read_buffer(work: Workload) -> Tensor:

@@ -25,7 +25,7 @@ def describe_case(work: Workload, figures: Figures, left_out: Sequence[str]) -> 
         "median_us": {name: 1e6 * s for name, s in seconds.items()},
         "ratio_to_ceiling": {name: s / seconds[CEILING] for name, s in seconds.items()},
         "peer_time_over_ours": {name: seconds[name] / ours_s for name in work.mixing_peers},
-        "rounds": {name: len(times) for name, times in figures.rounds.items() if name != OURS},
+        "rounds": {name: len(times) for name, times in figures.rounds.items()},
         "calls_per_round": figures.calls,
         "error_over_budget": figures.error_shares,
         "weight_sets": len(work.sets),
@@ -39,10 +39,12 @@ def describe_case(work: Workload, figures: Figures, left_out: Sequence[str]) -> 
         "gemm_gigaflops_per_s": None,
         "peak_mib_above_results": figures.peaks_mib,
         "left_out": list(left_out),
+        "notes": work.notes,
     }
     if work.gemm is not None:
         (M, D), N = work.gemm[0].shape, work.gemm[1].shape[0]
         info["gemm_gigaflops_per_s"] = 2 * M * D * N / figures.seconds("gemm") / 1e9
+    info["derived"] = {name: of(info) for name, of in work.derived.items()}
     return info | {"targets": [target.judge(info) for target in work.targets]}
 
 
@@ -63,4 +65,6 @@ def format_case(name: str, info: Mapping[str, Any]) -> list[str]:
         lines.append("    time / ours: " + ", ".join(f"{key} {ratio:.3g}x" for key, ratio in times))
     if info["left_out"]:
         lines.append(f"    left out, the ceiling alone being so slow: {', '.join(info['left_out'])}")
+    lines += [f"    {what}: {value:.3g}" for what, value in info["derived"].items()]
+    lines += [f"    not measured: {what}: {why}" for what, why in info["notes"].items()]
     return lines + [f"    {format_verdict(verdict)}" for verdict in info["targets"]]

@@ -31,7 +31,9 @@ MARKED = re.compile(r"(<!-- bench:begin)[^>]*(-->\n).*?(<!-- bench:end -->)", re
 
 
 def make_table(loaded: Mapping[str, Any]) -> str:
-    """Markdown: where it was measured, and a row for each case of ROWS that the file holds."""
+    """Markdown: where it was measured, and a row for each case of ROWS that the file holds; on a GPU, for each case."""
+    if loaded["machine_info"].get("device") == "cuda":
+        return _make_gpu_table(loaded)
     entries = {entry["name"]: entry["extra_info"] for entry in loaded["benchmarks"]}
     cpu = loaded["machine_info"]["cpu"]
     commit = loaded.get("commit_info", {}).get("id") or "unknown"
@@ -46,6 +48,47 @@ def make_table(loaded: Mapping[str, Any]) -> str:
     ]
     lines += [_row(label, entries[name]) for name, label in ROWS.items() if name in entries]
     return "\n".join(lines)
+
+
+def _make_gpu_table(loaded: Mapping[str, Any]) -> str:
+    machine = loaded["machine_info"]
+    gpu, commit = machine["gpu"] or {}, loaded.get("commit_info", {}).get("id") or "unknown"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"{gpu.get('name')}, compute capability {gpu.get('capability')}, L2 {gpu.get('l2_bytes', 0) / 2**20:.0f} MiB, "
+        f"driver and clocks {gpu.get('driver_and_clocks')}; {versions}; {loaded['datetime'][:10]}, "
+        f"commit {commit[:10]}.",
+        "",
+        "| case | time | plain | best peer | GB/s, of a read's | TFLOP/s, of a GEMM's | peak MiB | goals |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [_gpu_row(entry["name"], entry["extra_info"]) for entry in loaded["benchmarks"]]
+    return "\n".join([*lines, *(f"\nFailed: {name}: {why}" for name, why in loaded.get("failed", {}).items())])
+
+
+def _gpu_row(name: str, info: Mapping[str, Any]) -> str:
+    ours_us, peers, gemm = info["median_us"]["ours"], info["peer_time_over_ours"], info["gemm_gigaflops_per_s"]
+    best = min(peers, key=peers.__getitem__) if peers else None
+    goals = [format_goal(goal) for goal in info["targets"]] + [f"{k}: {v:.3g}" for k, v in info["derived"].items()]
+    cells = (
+        name,
+        format_us(ours_us),
+        format_us(info["median_us"]["plain"]),
+        "-" if best is None else f"{format_us(peers[best] * ours_us)} ({best})",
+        f"{info['gigabytes_per_s']:.4g}, {info['read_gigabytes_per_s']:.4g}",
+        "-" if gemm is None else f"{info['gigaflops_per_s'] / 1e3:.3g}, {gemm / 1e3:.3g}",
+        f"{max(info['peak_mib_above_results']['ours'].values()):.1f}",
+        "; ".join(goals),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def format_goal(goal: Mapping[str, Any]) -> str:
+    """One goal in a cell."""
+    if "value" not in goal:
+        return f"{goal['verdict']}: {goal['text']}"
+    sign = ">=" if goal["at_least"] else "<="
+    return f"{goal['verdict']} {goal['text']} {goal['value']:.3g} ({sign} {goal['limit']:.3g})"
 
 
 def _row(label: str, info: Mapping[str, Any]) -> str:

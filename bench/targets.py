@@ -42,13 +42,14 @@ def _read_s(info: Info, num_bytes: int) -> float:
     return num_bytes / info["read_gigabytes_per_s"] / 1e9
 
 
+def reads_at(share: float) -> Target:
+    """Share of the read bandwidth."""
+    rate = "GB/s / same-bytes read's"
+    return Target(rate, lambda i: i["gigabytes_per_s"] / i["read_gigabytes_per_s"], lambda _: share, at_least=True)
+
+
 # Peers are charged the same bytes, so this implies a lead of 0.95 x (0.90 read bandwidth / theirs) over each of them.
-READS_AT_BANDWIDTH = Target(
-    "GB/s / same-bytes read's",
-    lambda i: i["gigabytes_per_s"] / i["read_gigabytes_per_s"],
-    lambda _: 0.90,
-    at_least=True,
-)
+READS_AT_BANDWIDTH = reads_at(0.90)
 
 
 def at_most_times_plain(factor: float) -> Target:
@@ -57,6 +58,18 @@ def at_most_times_plain(factor: float) -> Target:
 
 def faster_than(peer: str, factor: float) -> Target:
     return Target(f"{peer} time / ours", lambda i: i["peer_time_over_ours"][peer], lambda _: factor, at_least=True)
+
+
+def faster_than_every(kind: str, factor: float) -> Target:
+    """The same against the fastest of the peers whose names hold `kind`."""
+
+    def lead(info: Info) -> float:
+        leads = [lead for name, lead in info["peer_time_over_ours"].items() if kind in name]
+        if not leads:
+            raise KeyError(kind)
+        return min(leads)
+
+    return Target(f"fastest {kind} time / ours", lead, lambda _: factor, at_least=True)
 
 
 def faster_than_best_peer(factor: float) -> Target:
@@ -73,12 +86,37 @@ def near_binding_floor(gemm_flops: int, factor: float = 1.2) -> Target:
     return Target("time / max(read, GEMM) floor", lambda i: _ours_s(i) / floor_s(i), lambda _: factor)
 
 
-def plain_and_extra_bytes(extra_bytes: int) -> Target:
-    """Time in ms: 1.06 plain + 1.1 times the reading of what a plain layer does not touch."""
+def plain_and_extra_bytes(extra_bytes: int, plain: float = 1.06, extra: float = 1.1) -> Target:
+    """Time in ms: `plain` times a plain layer's + `extra` times the reading of what that does not touch."""
     return Target(
-        "ms against 1.06 plain + 1.1 extra bytes",
+        f"ms against {plain} plain + {extra} extra bytes",
         lambda i: 1e3 * _ours_s(i),
-        lambda i: 1e3 * (1.06 * i["median_us"]["plain"] / 1e6 + 1.1 * _read_s(i, extra_bytes)),
+        lambda i: 1e3 * (plain * i["median_us"]["plain"] / 1e6 + extra * _read_s(i, extra_bytes)),
+    )
+
+
+def hidden_share(extra_bytes: int) -> Callable[[Info], float]:
+    """How much of the time that the extra bytes take by themselves lies behind the arithmetic: 1 all, 0 nothing."""
+    return lambda i: 1 - (_ours_s(i) - i["median_us"]["plain"] / 1e6) / _read_s(i, extra_bytes)
+
+
+def level_over_weightings(limit: float) -> Target:
+    """Largest over smallest time among ours under different numbers of weightings (`ours`, `ours-S<number>`)."""
+
+    def spread(info: Info) -> float:
+        times = [us for name, us in info["median_us"].items() if name == "ours" or name.startswith("ours-S")]
+        return max(times) / min(times)
+
+    return Target("max / min time over weightings", spread, lambda _: limit)
+
+
+def products_at_rate(flops: int, share: float) -> Target:
+    """Share of torch's GEMM rate, for the operations that the method makes."""
+    return Target(
+        "FLOP/s / GEMM's",
+        lambda i: flops / _ours_s(i) / 1e9 / i["gemm_gigaflops_per_s"],
+        lambda _: share,
+        at_least=True,
     )
 
 

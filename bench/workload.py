@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,9 @@ MAX_ROTATION_BYTES = 4 * 2**30
 OURS, CEILING = "ours", "plain"
 Tensors = dict[str, Tensor]
 Call = Callable[[Tensors], Tensor]
+Info = Mapping[str, Any]  # a benchmark's extra_info
+GEMM_ROWS = 512
+GPU_GEMM = 8192  # rows and outputs that fill a large GPU
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,13 @@ class Contender:
 
     trained: names of the tensors that its backward differentiates; empty where there is none.
     answers: what its outputs are compared with; "mix" for all that do what ours does.
+    is_capturable: whether a CUDA graph can hold it: it reads no value on the host.
     """
 
     call: Callable[[Tensors], Tensor | tuple[Tensor, ...]]
     trained: tuple[str, ...] = ()
     answers: str = "mix"
+    is_capturable: bool = True
 
 
 @dataclass
@@ -44,7 +49,8 @@ class Workload:
     check_gradients: those of the check, where the exact answer to `gradients` would take too long.
     streams: bytes that one rotation reads, for the same-bytes read; None where the case is not about memory.
     stream_bytes, row_bytes, flops: of one call, what the task needs whatever a method spends.
-    gemm: (x [512, D], w [N, D]) of torch's GEMM rate in the same run.
+    gemm: (x [M, D], w [N, D]) of torch's GEMM rate in the same run.
+    derived: figures beside the targets, from the others. notes: what was to be measured and could not be, and why.
     """
 
     case: Case
@@ -59,6 +65,8 @@ class Workload:
     streams: Tensor | None = None
     gemm: tuple[Tensor, Tensor] | None = None
     targets: Sequence[Target] = ()
+    derived: Mapping[str, Callable[[Info], float]] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
     outputs: tuple[str, ...] = ("y",)
     check_gradients: tuple[Tensor, ...] | None = None
     mode: Callable[[], AbstractContextManager[Any]] = torch.enable_grad  # no_grad where the case has no gradients
@@ -76,6 +84,14 @@ class Workload:
     def mixing_peers(self) -> list[str]:
         """Those that do what ours does: the ceiling, and what else computes something simpler, are none."""
         return [name for name, c in self.contenders.items() if c.answers == "mix" and not name.startswith(OURS)]
+
+    @property
+    def replays_graphs(self) -> bool:
+        return self.case.is_graph and self.device == "cuda"
+
+    def note(self, name: str, error: Exception) -> None:
+        """Record that `name` could not be measured as it was meant to be."""
+        self.notes[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
     @property
     def is_cache_resident(self) -> bool:
@@ -132,6 +148,15 @@ class Draw:
         sizes = torch.tensor([rows.stop - rows.start for rows in case.segments])
         row_map_M = torch.arange(case.S, dtype=torch.int32).repeat_interleave(sizes).to(self.device)
         return {"c": c_SK, "row_map": row_map_M, "c_rows": c_SK[row_map_M].to(case.x_dtype)}
+
+
+def gemm_operands(draw: Draw, weight_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """x and w of torch's GEMM rate: rows for a CPU on a weight that is there, a square that fills a GPU."""
+    case = draw.case
+    if not case.is_gpu or draw.device != "cuda":
+        return draw.normal(GEMM_ROWS, case.D, dtype=case.x_dtype), weight_ND
+    x_MD, w_ND = (draw.normal(GPU_GEMM, case.D, dtype=case.x_dtype) for _ in range(2))
+    return x_MD, w_ND
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:

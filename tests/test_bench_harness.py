@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import records
 from bench.cases import Case
 from bench.correctness import Expected, Part, check, expect, sample
 from bench.measure import Plan, is_hopeless
@@ -101,6 +102,7 @@ def test_every_module_runs_its_tiny_cases(tmp_path: Path) -> None:
     modules = sorted((ROOT / "bench").glob("bench_*.py"))
     addopts = "addopts=--import-mode=importlib --strict-markers"
     flags = ["--suite=tiny", "--device=cpu", "--seconds=0.02", "--benchmark-only", f"--benchmark-json={results}"]
+    flags.append(f"--records={tmp_path / 'records'}")
     command = [sys.executable, "-m", "pytest", *map(str, modules), "-o", addopts, "-p", "no:cacheprovider", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
@@ -115,3 +117,8 @@ def test_every_module_runs_its_tiny_cases(tmp_path: Path) -> None:
         assert all(share <= 1.0 for share in info["error_over_budget"].values())
     groups = {entry["group"] for entry in loaded["benchmarks"]}
     assert groups == {path.stem.removeprefix("bench_") for path in modules}
+    joined = records.join(tmp_path / "records")
+    assert joined["machine_info"]["cpu"] == loaded["machine_info"]["cpu"]
+    assert joined["failed"] == {}
+    by_name, infos = ({e["name"]: e["extra_info"] for e in f["benchmarks"]} for f in (joined, loaded))
+    assert by_name == infos

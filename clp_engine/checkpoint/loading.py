@@ -89,7 +89,7 @@ def read_prompt_template(directory: Path) -> PromptTemplate | None:
         ValueError: the file is damaged.
     """
     path = directory / PROMPT_TEMPLATE_FILE
-    return decode(read_object(path), PromptTemplate, str(path)) if path.exists() else None
+    return decode(read_object(path), PromptTemplate, str(path), prose=("content",)) if path.exists() else None
 
 
 def load_copies(model: Any, directory: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import reprlib
 import types
 import typing
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON number")
 
 
-def decode(value: Any, hint: Any, field: str) -> Any:
+def decode(value: Any, hint: Any, field: str, prose: Collection[str] = ()) -> Any:
     """Turn a parsed JSON value into what the type `hint` says: a dataclass, list, dict, union or scalar.
 
     A dataclass must get all the fields that have no default and no others; its own checks run. An int passes for a
@@ -66,12 +67,13 @@ def decode(value: Any, hint: Any, field: str) -> Any:
         value: from `read_object`.
         hint: as `typing.get_type_hints` gives it. What is none of the above is left to the dataclass's own checks.
         field: the name that error messages use.
+        prose: keys of dicts whose strings may have any characters here: the dataclass around them checks those.
 
     Raises:
         ValueError: another type, an unknown or missing field, or a value that the dataclass refuses.
     """
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return _decode_union(value, hint, field)
+        return _decode_union(value, hint, field, prose)
     kind = _json_type(hint)
     if kind is None:
         return value
@@ -81,17 +83,19 @@ def decode(value: Any, hint: Any, field: str) -> Any:
     if found is not kind:  # bool is an int to isinstance
         raise ValueError(f"{field} is {shown(value)}, expected {_name(hint)}")
     if dataclasses.is_dataclass(hint):
-        return _decode_dataclass(value, hint, field)
+        return _decode_dataclass(value, hint, field, prose)
     if kind is list:
         (item_hint,) = typing.get_args(hint)
-        return [decode(item, item_hint, f"{field}[{i}]") for i, item in enumerate(value)]
+        return [decode(item, item_hint, f"{field}[{i}]", prose) for i, item in enumerate(value)]
     if kind is dict:
         _, entry_hint = typing.get_args(hint)
         return {
-            decode(k, str, f"a key of {field}"): decode(v, entry_hint, f"{field}[{shown(k)}]") for k, v in value.items()
+            decode(k, str, f"a key of {field}"): v
+            if k in prose and type(v) is entry_hint is str
+            else decode(v, entry_hint, f"{field}[{shown(k)}]", prose)
+            for k, v in value.items()
         }
-    # A message's content is prose, whose lines may break.
-    if kind is str and _CONTROLS.search(value.replace("\n", "") if field.endswith("['content']") else value):
+    if kind is str and _CONTROLS.search(value):
         raise ValueError(f"{field} is {shown(value)}, which holds control characters")
     return value
 
@@ -109,11 +113,11 @@ def _name(hint: Any) -> str:
     return "an object" if dataclasses.is_dataclass(hint) else str(getattr(hint, "__name__", hint))
 
 
-def _decode_union(value: Any, hint: Any, field: str) -> Any:
+def _decode_union(value: Any, hint: Any, field: str, prose: Collection[str]) -> Any:
     for option in typing.get_args(hint):
         kind = _json_type(option)
         if kind is None or type(value) is kind or (kind is float and type(value) is int):
-            return decode(value, option, field)
+            return decode(value, option, field, prose)
     raise ValueError(f"{field} is {shown(value)}, expected {hint}")
 
 
@@ -126,7 +130,7 @@ def _decode_float(value: Any, field: str) -> float:
         raise ValueError(f"{field} is {shown(value)}, too large a number") from error
 
 
-def _decode_dataclass(values: dict[str, Any], kind: Any, field: str) -> Any:
+def _decode_dataclass(values: dict[str, Any], kind: Any, field: str, prose: Collection[str]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{field} has the unknown field {shown(unknown[0])}; known fields are {sorted(fields)}")
@@ -134,7 +138,7 @@ def _decode_dataclass(values: dict[str, Any], kind: Any, field: str) -> Any:
     if missing := sorted(set(fields) - set(values) - optional):
         raise ValueError(f"{field} lacks the field {missing[0]!r}")
     hints = _hints(kind)
-    decoded = {name: decode(value, hints[name], f"{field}.{name}") for name, value in values.items()}
+    decoded = {name: decode(value, hints[name], f"{field}.{name}", prose) for name, value in values.items()}
     try:
         return kind.from_dict(decoded) if hasattr(kind, "from_dict") else kind(**decoded)
     except (ValueError, NotImplementedError) as error:

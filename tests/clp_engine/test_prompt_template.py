@@ -9,7 +9,7 @@ import pytest
 from tests_support import randomise_deltas, tiny_llama
 
 import clp_engine as clp
-from clp_engine import checkpoint, cli
+from clp_engine import checkpoint, cli, rollout
 from clp_engine.data import load_dataset_rows, prompt_template
 from clp_engine.prompt_template import PromptTemplate
 
@@ -40,11 +40,25 @@ def test_a_template_is_filled_once_and_word_for_word():
         ([{"role": "user", "content": "no place"}], "0 times"),
         ([{"role": "user", "content": "{prompt} {prompt}"}], "2 times"),
         ([{"role": "user", "text": "{prompt}"}], "a role and a content"),
+        ([{"role": "us\ner", "content": "{prompt}"}], r"the role 'us\\ner'"),
+        ([{"role": "user", "content": "{prompt}\x1b[2J"}], r"the user's content holds .* '\\x1b'"),
+        ([{"role": "user", "content": "{prompt}\x7f"}], r"'\\x7f'"),
+        ([{"role": "user", "content": "{prompt}\x9b"}], r"'\\x9b'"),
+        ([{"role": "user", "content": "{prompt}\ud800"}], r"'\\ud800'"),
     ],
 )
-def test_templates_without_one_place_are_refused(messages, words):
+def test_templates_that_could_not_be_used_are_refused(messages, words):
     with pytest.raises(ValueError, match=words):
         PromptTemplate(messages)
+
+
+def test_contents_of_several_lines_in_any_script_are_saved_and_loaded(model, tmp_path):
+    text = "Be brief.\n\n\tSeulement \u00e9t\u00e9, \u732b \U0001f408.\r\n{prompt}\n"
+    model.prompt_template = PromptTemplate([{"role": "user", "content": text}])
+    model.save_pretrained(tmp_path)
+    loaded = clp.CLPModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    assert loaded.prompt_template == model.prompt_template
+    assert loaded.prompt_template.fill("sort")[0]["content"] == text.replace("{prompt}", "sort")
 
 
 def test_the_embedded_data_set_is_worded_by_its_template():
@@ -77,10 +91,19 @@ def test_it_is_saved_loaded_and_forgotten_with_the_model(model, tmp_path, monkey
     assert clp.CLPModel.from_pretrained(tmp_path / "model").prompt_template is None
 
 
-def test_a_damaged_one_is_refused_by_name(model, tmp_path):
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"role": "user", "content": "x"}, ": messages hold .* 0 times"),
+        ({"role": "user", "content": "{prompt}\x1b[2J"}, r": the user's content holds the control character '\\x1b'"),
+        ({"role": "us\ner", "content": "{prompt}"}, r"\.messages\[0\]\['role'\] .* holds control characters"),
+        ({"role": "user", "content": 3}, r"\.messages\[0\]\['content'\] is 3, expected str"),
+    ],
+)
+def test_a_damaged_one_is_refused_by_name(model, tmp_path, message, words):
     model.save_pretrained(tmp_path)
-    (tmp_path / "prompt_template.json").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
-    with pytest.raises(ValueError, match=r"prompt_template.json: messages hold .* 0 times"):
+    (tmp_path / "prompt_template.json").write_text(json.dumps({"messages": [message]}))
+    with pytest.raises(ValueError, match=rf"prompt_template.json{words}"):
         clp.CLPModel.from_pretrained(tmp_path, base_model=tiny_llama())
 
 
@@ -100,3 +123,17 @@ def test_clp_generate_words_prompts_as_in_training(model, tokenizer, tmp_path, c
     assert blue == text("--raw", "--system_prompt", "blue", "--prompt", "sort of the file")
     assert text("--no-chat", "--prompt", "sort") == text("--no-chat", "--raw", "--prompt", "sort")
     assert len({worded, blue, text("--no-chat", "--prompt", "sort")}) == 3
+
+
+def test_clp_generate_and_inspect_take_a_template_of_several_lines(model, tokenizer, tmp_path, capsys, monkeypatch):
+    model.prompt_template = PromptTemplate([{"role": "user", "content": "{prompt} of\n\nthe file"}])
+    folder = str(tmp_path / "model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    seen = []
+    encode = rollout.encode_prompts
+    monkeypatch.setattr(rollout, "encode_prompts", lambda tok, rows: seen.append(rows) or encode(tok, rows))
+    assert cli.main(["generate", folder, "--max_new_tokens", "2", "--prompt", "sort"]) == 0
+    assert seen == [[[{"role": "user", "content": "sort of\n\nthe file"}]]]
+    assert cli.main(["inspect", folder]) == 0
+    assert r"{prompt} of\n\nthe file" in capsys.readouterr().out  # one line a field
