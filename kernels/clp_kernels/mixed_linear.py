@@ -27,6 +27,7 @@ def mixed_linear(
     row_map: Tensor | None = None,
     backend: str | None = None,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> Tensor:
     """Compute a linear layer under each row's own mix of K deltas over a frozen base.
 
@@ -45,9 +46,12 @@ def mixed_linear(
         bias_deltas: [N, K] or None.
         row_map: int32 of shape x.shape[:-1], row of `coefficients` for each row of x; an expanded view will do.
         backend: "reference", "cpp", "triton", "cuda" or "auto"; None takes the surrounding `backend(...)` block's, else
-            "auto". No back-end rounds the mix of the weights: a delta of any size keeps its effect beside the base.
+            "auto".
         batch_invariant: True gives a row's y and gradient the same bits whatever else is in the batch, and all results
             the same bits for any number of threads; at some cost. The reference back-end refuses it.
+        exact_delta: True keeps base and deltas apart: a delta of any size keeps its effect beside a 16-bit base.
+            False lets a GPU round their sum as one 16-bit weight where many rows share a weighting, as a premixed
+            checkpoint does, for half the products: half the effect of deltas a thousandth of the base's size is lost.
 
     Returns:
         [..., N] in x's dtype, accumulated in float32. Gradients for every floating argument, in its dtype, reduced in
@@ -76,7 +80,8 @@ def mixed_linear(
             pass
     rows = flatten_rows(x, base, deltas, coefficients, bias, bias_deltas, row_map)
     name = _resolve(backend, rows, base, deltas, batch_invariant)
-    arguments = (rows.x_MD, base, deltas, rows.c_SK, rows.row_map_M, bias, bias_deltas, name, batch_invariant)
+    how = (name, batch_invariant, exact_delta)
+    arguments = (rows.x_MD, base, deltas, rows.c_SK, rows.row_map_M, bias, bias_deltas, *how)
     # An op with an autograd key costs more, also where nothing needs a gradient.
     y_MN = mixed_linear_op(*arguments, check_main_grad(deltas)) if needs_grad else mixed_linear_fwd_op(*arguments)
     return y_MN.view(*x.shape[:-1], deltas.shape[0])

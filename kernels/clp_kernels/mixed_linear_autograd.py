@@ -28,6 +28,7 @@ class _Call(NamedTuple):
     main_grad_NKD: Tensor | None
     backend: str
     batch_invariant: bool
+    exact_delta: bool
 
 
 class _Gradients(NamedTuple):
@@ -48,7 +49,7 @@ def _gradients(call: _Call, needs: tuple[bool, ...], dy_MN: Tensor) -> _Gradient
     weights = (call.base_ND, call.deltas_NKD, call.c_SK, call.row_map_M)
     dx = d_base = d_deltas = d_c = d_bias = d_bias_deltas = None
     if needs_x:
-        dx = backward_x_op(dy_MN, *weights, *how)
+        dx = backward_x_op(dy_MN, *weights, *how, call.exact_delta)
     if needs_deltas or needs_c:
         d_deltas, d_c = _deltas_gradients(call, needs_deltas, needs_c, dy_MN)
     if needs_base:
@@ -121,6 +122,7 @@ class CompiledMixedLinear(torch.autograd.Function):
             main_grad,
             "cpp",
             batch_invariant,
+            True,
         )
         dy_MN = dy.reshape(rows.x_MD.shape[0], deltas.shape[0]).contiguous()
         g = _gradients(call, ctx.needs_input_grad[:7], dy_MN)
@@ -134,17 +136,17 @@ compiled_with_autograd = super(torch.autograd.Function, CompiledMixedLinear).app
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, base, deltas, c, row_map, bias, bias_deltas, backend, batch_invariant, main_grad = inputs
+    x, base, deltas, c, row_map, bias, bias_deltas, backend, batch_invariant, exact_delta, main_grad = inputs
     ctx.save_for_backward(x, base, deltas, c, row_map, bias_deltas)
-    ctx.call = (None if bias is None else bias.dtype, main_grad, backend, batch_invariant)
+    ctx.call = (None if bias is None else bias.dtype, main_grad, backend, batch_invariant, exact_delta)
 
 
 def _backward(ctx: Any, dy_MN: Tensor) -> tuple[Tensor | None, ...]:
     x, base, deltas, c, row_map, bias_deltas = ctx.saved_tensors
-    bias_dtype, main_grad, backend, batch_invariant = ctx.call
-    call = _Call(x, base, deltas, c, row_map, bias_dtype, bias_deltas, main_grad, backend, batch_invariant)
+    bias_dtype, *how = ctx.call
+    call = _Call(x, base, deltas, c, row_map, bias_dtype, bias_deltas, *how)
     g = _gradients(call, ctx.needs_input_grad[:7], dy_MN.contiguous())
-    return g.x_MD, g.base_ND, g.deltas_NKD, g.c_SK, None, g.bias_N, g.bias_deltas_NK, None, None, None
+    return g.x_MD, g.base_ND, g.deltas_NKD, g.c_SK, None, g.bias_N, g.bias_deltas_NK, None, None, None, None
 
 
 def _double_backward(ctx: Any, *grads: Tensor) -> NoReturn:

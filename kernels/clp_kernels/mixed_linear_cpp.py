@@ -19,6 +19,7 @@ def forward(
     bias_deltas_NK: Tensor | None,
     *,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> Tensor:
     """Return y_MN in x's dtype.
 
@@ -40,6 +41,7 @@ def backward_x(
     row_map_M: Tensor,
     *,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> Tensor:
     """Return dx_MD in dy's dtype: `dy @ base + sum_k c_k * (dy @ deltas[:, k])`."""
     return torch.ops.clp.mixed_linear_cpu_backward_x(dy_MN, base_ND, deltas_NKD, c_SK, row_map_M, batch_invariant)

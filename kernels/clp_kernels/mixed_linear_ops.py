@@ -21,10 +21,11 @@ library = torch.library.Library("clp", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, Tensor? bias, Tensor? bias_deltas"
 _WEIGHTS = "Tensor? base, Tensor deltas, Tensor c, Tensor row_map"
 _HOW = "str backend, bool batch_invariant=False"
+_ROUNDING = "bool exact_delta=True"
 # `main_grad` is the buffer that backward adds the gradient of the deltas to; the forward neither reads nor writes it.
-library.define(f"mixed_linear({_INPUTS}, {_HOW}, Tensor? main_grad=None) -> Tensor")
-library.define(f"mixed_linear_fwd({_INPUTS}, {_HOW}) -> Tensor")
-library.define(f"mixed_linear_backward_x(Tensor dy, {_WEIGHTS}, {_HOW}) -> Tensor")
+library.define(f"mixed_linear({_INPUTS}, {_HOW}, {_ROUNDING}, Tensor? main_grad=None) -> Tensor")
+library.define(f"mixed_linear_fwd({_INPUTS}, {_HOW}, {_ROUNDING}) -> Tensor")
+library.define(f"mixed_linear_backward_x(Tensor dy, {_WEIGHTS}, {_HOW}, {_ROUNDING}) -> Tensor")
 library.define(
     "mixed_linear_backward_deltas(Tensor dy, Tensor x, Tensor deltas, Tensor c, Tensor row_map, bool needs_deltas, "
     f"bool needs_coefficients, {_HOW}) -> (Tensor, Tensor)"
@@ -58,9 +59,10 @@ def _forward_with_autograd(
     bias_deltas: Tensor | None,
     backend: str,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
     main_grad: Tensor | None = None,
 ) -> Tensor:
-    return _forward(x, base, deltas, c, row_map, bias, bias_deltas, backend, batch_invariant)
+    return _forward(x, base, deltas, c, row_map, bias, bias_deltas, backend, batch_invariant, exact_delta)
 
 
 @torch.library.impl(library, "mixed_linear_fwd", "CompositeExplicitAutograd")
@@ -74,9 +76,10 @@ def _forward(
     bias_deltas: Tensor | None,
     backend: str,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> Tensor:
-    launcher = _launcher(backend)
-    return launcher.forward(x, base, deltas, c, row_map, bias, bias_deltas, batch_invariant=batch_invariant)
+    how = {"batch_invariant": batch_invariant, "exact_delta": exact_delta}
+    return _launcher(backend).forward(x, base, deltas, c, row_map, bias, bias_deltas, **how)
 
 
 @torch.library.impl(library, "mixed_linear_backward_x", "CompositeExplicitAutograd")
@@ -88,8 +91,10 @@ def _backward_x(
     row_map: Tensor,
     backend: str,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> Tensor:
-    return _launcher(backend).backward_x(dy, base, deltas, c, row_map, batch_invariant=batch_invariant)
+    how = {"batch_invariant": batch_invariant, "exact_delta": exact_delta}
+    return _launcher(backend).backward_x(dy, base, deltas, c, row_map, **how)
 
 
 @torch.library.impl(library, "mixed_linear_backward_deltas", "CompositeExplicitAutograd")

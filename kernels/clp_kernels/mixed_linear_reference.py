@@ -44,6 +44,7 @@ def forward(
     bias_deltas_NK: Tensor | None,
     *,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> Tensor:
     """Return y_MN in x's dtype.
 
@@ -74,6 +75,7 @@ def backward_x(
     row_map_M: Tensor,
     *,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> Tensor:
     """Return dx_MD in dy's dtype: `dy @ base + sum_k c_k * (dy @ deltas[:, k])`."""
     refuse_batch_invariant(batch_invariant)

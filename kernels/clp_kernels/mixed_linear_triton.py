@@ -3,19 +3,23 @@
 Legend: x_MD, dy_MN, base_ND, deltas_NKD, c_SK, row_map_M with M rows, D in, N out, K copies, S distinct weightings.
 
 Every launcher takes strided inputs, copies none of them, reads no value on the host, uses no atomics and gives the same
-bits on every run. A row's result does not depend on the values or weightings of its neighbours (a tile of one weighting
-is not special-cased for that reason). The number of rows chooses the tile, so the bits of a row may differ between
-batch sizes, unless `batch_invariant` asks for one tile. What is rounded where is said in `mixed_linear_triton_kernels`.
+bits on every run. A row's result does not depend on the values or weightings of its neighbours. The numbers of rows and
+weightings choose the form and the tile, so the bits of a row may differ between batch sizes, unless `batch_invariant`
+asks for one tile. What is rounded where is said in `mixed_linear_triton_kernels` and, for many rows of one weighting,
+in `mixed_linear_segments_triton_kernels`.
 """
 
 import torch
 import triton
 
+from clp_kernels import mixed_linear_panels_triton as panels
+from clp_kernels import mixed_linear_segments_triton as segments
 from clp_kernels.launch_triton import (
     check_tensors,
     dot_precision,
     on_device,
     product_arguments,
+    select_form,
     select_gradient_tile,
     select_product_tile,
     sum_by_weighting,
@@ -37,6 +41,7 @@ def forward(
     bias_deltas_NK: torch.Tensor | None,
     *,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> torch.Tensor:
     """Computes each row's product with its own mixed weight.
 
@@ -51,6 +56,7 @@ def forward(
         bias_N: Bias, or None.
         bias_deltas_NK: Trained differences of the bias, or None.
         batch_invariant: True gives a row the same bits in any batch.
+        exact_delta: False lets base and deltas be rounded as one 16-bit weight.
 
     Returns:
         y [M, N] in x's dtype, contiguous; accumulated in float32, rounded once.
@@ -61,6 +67,11 @@ def forward(
     Reference: CLP, arXiv 2407.15762, equation 2 (theta_w = sum_k w_k theta_k).
     """
     check_tensors({"x": x_MD, "base": base_ND, "deltas": deltas_NKD})
+    form = _select_form(x_MD, base_ND, c_SK, batch_invariant, not exact_delta)
+    if form != "streams":
+        multiply = segments.multiply if form == "segments" else panels.multiply
+        arguments = (x_MD, base_ND, deltas_NKD, c_SK, row_map_M, bias_N, bias_deltas_NK)
+        return multiply(*arguments, transposed=False, exact_delta=exact_delta)
     base_strides = (0, 0) if base_ND is None else base_ND.stride()
     return _launch_product(
         x_MD,
@@ -85,6 +96,7 @@ def backward_x(
     row_map_M: torch.Tensor,
     *,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
     adds_to: torch.Tensor | None = None,
     rows_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -99,6 +111,7 @@ def backward_x(
         c_SK: As in `forward`.
         row_map_M: As in `forward`.
         batch_invariant: As in `forward`.
+        exact_delta: As in `forward`.
         adds_to: Contiguous [M, D]; where given, dx is added to it and it is returned.
         rows_dtype: Dtype of x where dy is wider: float32 beside 16-bit x is multiplied in TF32 and not in IEEE.
 
@@ -109,6 +122,11 @@ def backward_x(
         ValueError: A dtype or device that the kernels do not take.
     """
     check_tensors({"dy": dy_MN, "base": base_ND, "deltas": deltas_NKD})
+    form = _select_form(dy_MN, base_ND, c_SK, batch_invariant, not exact_delta)
+    if form != "streams" and adds_to is None and rows_dtype in (None, dy_MN.dtype):
+        multiply = segments.multiply if form == "segments" else panels.multiply
+        arguments = (dy_MN, base_ND, deltas_NKD, c_SK, row_map_M, None, None)
+        return multiply(*arguments, transposed=True, exact_delta=exact_delta)
     stride_n, stride_k, stride_d = deltas_NKD.stride()
     base_strides = (0, 0) if base_ND is None else (base_ND.stride(1), base_ND.stride(0))
     return _launch_product(
@@ -175,6 +193,13 @@ def backward_deltas(
     return d_deltas_NKD, d_c_SK
 
 
+def _select_form(
+    rows: torch.Tensor, base: torch.Tensor | None, c_SK: torch.Tensor, batch_invariant: bool, rounds_mix: bool
+) -> str:
+    dtypes = (rows.dtype, None if base is None else base.dtype)
+    return select_form(rows.shape[0], len(c_SK), dtypes, batch_invariant, rounds_mix)
+
+
 def _launch_product(
     a_MR: torch.Tensor,
     base: torch.Tensor | None,
@@ -225,6 +250,12 @@ def write_deltas_gradient(
     """Stores the gradient of the deltas in a contiguous out_NKD, or adds it: float32 sums, rounded once."""
     if out_NKD.numel() == 0:
         return
+    form = "streams"
+    if dy_MN.dtype == x_MD.dtype:  # the head's dy is float32 beside rows of any dtype
+        form = _select_form(x_MD, None, c_SK, False, True)
+    if form != "streams":
+        write = segments.write_gradient if form == "segments" else panels.write_gradient
+        return write(dy_MN, x_MD, c_SK, row_map_M, out_NKD, adds=adds)
     N, K, D = out_NKD.shape
     tile = select_gradient_tile(x_MD.dtype)
     grid = (triton.cdiv(N, tile.outs), triton.cdiv(D, tile.reduced), K)

@@ -29,6 +29,11 @@ KERNELS = {
         "deltas_gradient_kernel": True,
         "row_coefficients_gradient_kernel": True,
         "weighting_sum_kernel": False,
+        "segment_product_kernel": True,
+        "segment_gradient_kernel": True,
+        "run_ends_kernel": False,
+        "mix_panel_kernel": False,
+        "scale_into_copies_kernel": False,
     },
     "mixed_linear_logprob": {
         "softmax_partials_kernel": True,
@@ -38,6 +43,7 @@ KERNELS = {
         "deltas_gradient_kernel": True,
         "row_coefficients_gradient_kernel": True,
         "weighting_sum_kernel": False,
+        "scale_into_copies_kernel": False,
     },
     "low_rank_linear": {
         "shrink_kernel": True,
@@ -110,17 +116,21 @@ def record_mixed_linear(recorder: Recorder) -> None:
     """SmolLM2-135M's attention size, odd sizes and training size included."""
     import torch
 
+    import clp_kernels.mixed_linear_segments_triton as segments
     import clp_kernels.mixed_linear_triton as launchers
 
-    def call(label: str, M: int, N: int, D: int, x: torch.dtype, deltas: torch.dtype, *, backward: bool) -> None:
+    def call(
+        label: str, M: int, N: int, D: int, x: torch.dtype, deltas: torch.dtype, *, backward: bool, S: int = 0
+    ) -> None:
         recorder.label = label
         x_MD = torch.empty(M, D, dtype=x, device="meta")
         base_ND, deltas_NKD = x_MD.new_empty(N, D), x_MD.new_empty(N, 2, D, dtype=deltas)
-        c_SK = x_MD.new_empty(4, 2, dtype=torch.float32)
+        c_SK = x_MD.new_empty(S or M, 2, dtype=torch.float32)
         row_map_M = x_MD.new_empty(M, dtype=torch.int32)
-        y_MN = launchers.forward(x_MD, base_ND, deltas_NKD, c_SK, row_map_M, None, None)
+        exact_delta = "rounded" not in label
+        y_MN = launchers.forward(x_MD, base_ND, deltas_NKD, c_SK, row_map_M, None, None, exact_delta=exact_delta)
         if backward:
-            launchers.backward_x(y_MN, base_ND, deltas_NKD, c_SK, row_map_M)
+            launchers.backward_x(y_MN, base_ND, deltas_NKD, c_SK, row_map_M, exact_delta=exact_delta)
             launchers.backward_deltas(y_MN, x_MD, deltas_NKD, c_SK, row_map_M, True, True)
 
     f32, bf16 = torch.float32, torch.bfloat16
@@ -131,6 +141,14 @@ def record_mixed_linear(recorder: Recorder) -> None:
     call("training bf16", 1024, 576, 576, bf16, bf16, backward=False)
     call("training bf16, deltas f32", 1024, 576, 576, bf16, f32, backward=True)
     call("training f32", 1024, 576, 576, f32, f32, backward=True)
+    call("segments bf16, deltas f32", 2048, 576, 576, bf16, f32, backward=True, S=8)
+    call("segments bf16, rounded", 2048, 576, 576, bf16, bf16, backward=True, S=8)
+    call("one weighting bf16, rounded", 2048, 576, 576, bf16, bf16, backward=True, S=1)
+    call("one weighting f32", 2048, 576, 576, f32, f32, backward=True, S=1)
+    segments.device_limits = lambda device: (9, SHARED_BYTES[90])
+    call("segments bf16, deltas f32, sm_90", 2048, 576, 576, bf16, f32, backward=True, S=8)
+    call("segments bf16, sm_90", 2048, 576, 576, bf16, bf16, backward=True, S=8)
+    call("segments bf16, rounded, sm_90", 2048, 576, 576, bf16, bf16, backward=True, S=8)
 
 
 def record_mixed_linear_logprob(recorder: Recorder) -> None:
@@ -259,6 +277,7 @@ def compile_launch(launch: dict[str, Any], architecture: int) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "asserts": "__assertfail" in compiled.asm["ptx"],
         "tensor_cores": "mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
+        "warpgroups": "wgmma.mma_async" in compiled.asm["ptx"],
     }
 
 
@@ -293,6 +312,13 @@ def test_16_bit_rows_run_on_the_tensor_cores(cubins: list[dict[str, Any]]) -> No
             assert cubin["tensor_cores"], cubin
 
 
+def test_segments_run_on_hoppers_warpgroup_products(cubins: list[dict[str, Any]]) -> None:
+    found = [c for c in cubins if c["kernel"].startswith("segment_") and c["architecture"] == 90]
+    assert found
+    for cubin in found:
+        assert cubin["warpgroups"], cubin
+
+
 def test_float32_is_not_rounded_to_tf32(cubins: list[dict[str, Any]]) -> None:
     for cubin in cubins:
         if "bf16" not in cubin["label"]:
@@ -307,4 +333,6 @@ def test_ids_out_of_range_stop_the_embedding(cubins: list[dict[str, Any]]) -> No
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2] / "kernels"))
     recorded = record_launches()
-    print(json.dumps([compile_launch(launch, architecture) for launch in recorded for architecture in ARCHITECTURES]))
+    # A label may name the one architecture that takes its tiles.
+    wanted = [(launch, a) for launch in recorded for a in ARCHITECTURES if a == 90 or "sm_90" not in launch["label"]]
+    print(json.dumps([compile_launch(launch, architecture) for launch, architecture in wanted]))
