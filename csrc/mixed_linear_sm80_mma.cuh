@@ -354,6 +354,7 @@ __global__ void __launch_bounds__(32 * TILE::kWarps, TILE::kBlocks)
   DeviceWarp<T> machine;
   Lane<T, TILE> lanes[1];
   run_warp(machine, a, warp, first_row, first_feature, ring, lanes);
+  __syncwarp();  // the ring is now everyone's
   store_totals(lanes[0], ring);
   __syncthreads();
   store_results<T, TILE>(a, threadIdx.x, first_row, first_feature, rings);

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 import clp_kernels
@@ -33,6 +34,7 @@ VARIANTS = [(1, 1, True), (4, 1, True), (8, 2, True), (4, 1, False)]
 # On the tensor cores: rows of a block.
 MMA_ROWS = (8, 16, 32, 64)
 MMA_DTYPES = [i for i, (x, deltas) in enumerate(DTYPES) if x == deltas != F32]
+
 
 def compile_with_nvcc(*arguments: str | Path) -> str:
     assert NVCC is not None
@@ -55,6 +57,21 @@ def test_source_compiles_for_both_architectures_without_a_spill(tmp_path: Path) 
     kernels = len(DTYPES) * len(VARIANTS) + len(MMA_DTYPES) * len(MMA_ROWS)
     assert len(spills) == kernels * len(architectures)
     assert set(spills) == {("0", "0", "0")}, log
+    check_instructions(tmp_path / "mixed_linear.o", len(MMA_DTYPES) * len(MMA_ROWS) * len(architectures))
+
+
+def check_instructions(compiled: Path, kernels: int) -> None:
+    """The tensor cores' kernels copy 16 bytes at a time past the registers, and keep nothing in local memory."""
+    program = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    done = subprocess.run([program, "-sass", compiled], capture_output=True, text=True, check=True)
+    functions = [text for text in done.stdout.split("Function : ")[1:] if "mixed_linear_decode_mma" in text[:80]]
+    assert len(functions) == kernels
+    for text in functions:
+        copies = re.findall(r"LDGSTS\S*", text)
+        assert copies
+        assert all(copy.startswith("LDGSTS.E.BYPASS") and ".128" in copy.replace("LTC128B", "") for copy in copies)
+        assert re.search(r"HMMA\.16816\.F32", text)
+        assert not re.search(r"\b(LDL|STL)\b", text)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +162,10 @@ def test_tensor_cores_on_the_host(
 
 @needs_extension
 @pytest.mark.parametrize(("x", "deltas"), DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize(("M", "D", "N", "K"), [(1, 264, 7, 2), (5, 33, 3, 1), (18, 576, 129, 5), (40, 64, 65, 2)])
+@pytest.mark.parametrize(
+    ("M", "D", "N", "K"),
+    [(1, 264, 7, 2), (5, 33, 3, 1), (18, 576, 129, 5), (40, 64, 65, 2), (9, 4096, 256, 4), (130, 1160, 50, 3)],
+)
 def test_values_on_a_gpu(M: int, D: int, N: int, K: int, x: torch.dtype, deltas: torch.dtype) -> None:
     inputs = {name: tensor.cuda() for name, tensor in make_inputs(M, D, N, K, x, deltas).items()}
     y = clp_kernels.mixed_linear(**inputs, backend="cuda")
@@ -155,8 +175,9 @@ def test_values_on_a_gpu(M: int, D: int, N: int, K: int, x: torch.dtype, deltas:
 
 
 @needs_extension
-def test_unaligned_rows_on_a_gpu() -> None:
-    inputs = {name: tensor.cuda() for name, tensor in make_inputs(5, 64, 9, 2, BF16, BF16).items()}
+@pytest.mark.parametrize("N", [9, 24], ids=["scalar", "tensor-cores"])
+def test_unaligned_rows_on_a_gpu(N: int) -> None:
+    inputs = {name: tensor.cuda() for name, tensor in make_inputs(5, 64, N, 2, BF16, BF16).items()}
     expected = clp_kernels.mixed_linear(**inputs, backend="cuda")
     storage = torch.empty(5 * 64 + 1, dtype=BF16, device="cuda")
     shifted = storage[1:].view(5, 64).copy_(inputs["x"])
