@@ -68,11 +68,16 @@ void launch(const DecodeArguments<X, W>& arguments, cudaStream_t stream) {
 template <class TILE, typename T>
 void launch_mma(const DecodeArguments<T, T>& arguments, int device, cudaStream_t stream) {
   const dim3 grid = find_grid(arguments.M, TILE::kRows, arguments.N, TILE::kFeatures);
+  // Once for each kernel and device; no stream operation, so that it may happen under a graph's capture.
   constexpr int kDevices = 64;
-  static std::atomic<bool> is_set[kDevices];  // no stream operation: it may happen under a graph's capture
-  if (device >= kDevices || !is_set[device].exchange(true))
-    STD_CUDA_CHECK(cudaFuncSetAttribute(mixed_linear_decode_mma<T, TILE>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        TILE::kSharedBytes));
+  static std::atomic<bool> is_set[kDevices];
+  if (device >= kDevices || !is_set[device].load()) {
+    const auto kernel = mixed_linear_decode_mma<T, TILE>;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE::kSharedBytes));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+    if (device < kDevices) is_set[device].store(true);
+  }
   mixed_linear_decode_mma<T, TILE><<<grid, kLanes * TILE::kWarps, TILE::kSharedBytes, stream>>>(arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
