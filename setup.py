@@ -140,6 +140,19 @@ def cpu_build(sources: list[str], output: Path, folder: Path, compiler: str) -> 
     return ninja_file(f"{compiler} {flags} {sanitizers} {include_flags()}", link, sources, output, folder)
 
 
+def torch_cuda_folder(folder: Path, compiler: str) -> Path:
+    """The folder of libtorch_cuda.so; for torch's CPU build, which has none, of an empty one of that soname."""
+    library = torch_folder() / "lib"
+    if (library / "libtorch_cuda.so").exists():
+        return library
+    empty = folder / "torch_cuda"
+    empty.mkdir(parents=True, exist_ok=True)
+    name = "libtorch_cuda.so"
+    command = [compiler, "-shared", f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-o", str(empty / name)]
+    subprocess.run(command, check=True)
+    return empty
+
+
 def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) -> str:
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
     newest = CUDA_ARCHITECTURES[-1]
@@ -151,8 +164,12 @@ def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) ->
     )
     nvcc = find_nvcc()
     library = torch_folder() / "lib"
-    # The CUDA runtime is linked statically: torch brings its own, and a CPU-only torch has none.
-    link = f'{nvcc} -shared -ccbin {compiler} $in -o $out -L"{library}" -ltorch_cpu -cudart static'
+    # torch loads libtorch_cuda.so without making its symbols global, so the built object must name it. The CUDA runtime
+    # is linked statically: torch brings its own, and a CPU-only torch has none.
+    link = (
+        f'{nvcc} -shared -ccbin {compiler} $in -o $out -L"{library}" -L"{torch_cuda_folder(folder, compiler)}" '
+        "-Xlinker --no-as-needed -ltorch_cpu -ltorch_cuda -cudart static"
+    )
     return ninja_file(
         f"{nvcc} -ccbin {compiler} {' '.join(codes)} {flags} {include_flags()}", link, sources, output, folder
     )

@@ -3,6 +3,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 namespace clp {
 
@@ -19,7 +20,7 @@ Tensor view(const Matrix& m) {
 }  // namespace
 
 void gemm(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  STABLE_TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
+  TORCH_ERROR_CODE_CHECK(add ? aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0)
                                     : aoti_torch_cpu_mm_out(out.get(), a.get(), b.get()));
 }
 
@@ -28,7 +29,7 @@ void gemm(const Matrix& out, const Matrix& a, const Matrix& b, bool add) {
 }
 
 void gemm_with_bias(const Tensor& out, const Tensor& bias, const Tensor& a, const Tensor& b) {
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias.get(), a.get(), b.get(), 1.0, 1.0));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), bias.get(), a.get(), b.get(), 1.0, 1.0));
 }
 
 }  // namespace clp

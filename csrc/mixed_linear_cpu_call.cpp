@@ -57,7 +57,7 @@ Tensor empty_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   }
   const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), type, aoti_torch_device_type_cpu(), 0,
                                                          &handle));
   return Tensor(handle);

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <functional>
 #include <optional>
@@ -60,7 +61,7 @@ class ThreadScratch {
   explicit ThreadScratch(int64_t size) : size_(ceil_div(size, 16) * 16), all_(size_ * num_threads()) {}
   float* get() const {
     uint32_t thread = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
+    TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
     return all_.get() + thread * size_;
   }
 

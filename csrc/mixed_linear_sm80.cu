@@ -1,8 +1,9 @@
 // Launcher of the CUDA decode kernel of mixed_linear (sm_80 and later), on the libtorch stable ABI.
 //
 // A shared object of its own, loaded beside a CUDA build of torch only; it compiles against the headers of any build of
-// torch >= 2.10. Forward only. It takes any number of rows and is meant for up to 16: every block of 8 rows reads the
-// weights again (from L2), and the products run on the scalar units. Its schema is in registration.cpp.
+// torch >= 2.10. Forward only. It takes any number of rows and is meant for up to 64, which one pass over the weights
+// serves where rows and weights are of one 16-bit dtype. The others (float32, odd sizes) run on the scalar units, and
+// every block of 8 rows reads the weights again (from L2). Its schema is in registration.cpp.
 #ifndef USE_CUDA
 #define USE_CUDA  // declares the CUDA entries of the stable shim, which the CPU build's headers hide
 #endif
@@ -10,18 +11,22 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <limits>
 #include <optional>
 
 #include "mixed_linear_sm80.cuh"
+#include "mixed_linear_sm80_mma.cuh"
 
 namespace clp {
 namespace {
@@ -47,29 +52,52 @@ const T* read_pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? read_pointer<T>(*tensor) : nullptr;
 }
 
+dim3 find_grid(int64_t M, int64_t rows, int64_t N, int64_t features) {
+  const int64_t row_blocks = (M + rows - 1) / rows, feature_blocks = (N + features - 1) / features;
+  STD_TORCH_CHECK(row_blocks <= std::numeric_limits<int32_t>::max() && feature_blocks <= kMaxGridY,
+                  "mixed_linear (cuda): ", M, " rows x ", N, " outputs exceed the grid (at most ", kMaxGridY * features,
+                  " outputs): use backend='triton'");
+  return dim3(static_cast<unsigned>(row_blocks), static_cast<unsigned>(feature_blocks));
+}
+
 template <int ROWS, int FEATURES, bool ALIGNED, typename X, typename W>
 void launch(const DecodeArguments<X, W>& arguments, cudaStream_t stream) {
-  constexpr int64_t features = kWarps * FEATURES;
-  const int64_t row_blocks = (arguments.M + ROWS - 1) / ROWS;
-  const int64_t feature_blocks = (arguments.N + features - 1) / features;
-  STD_TORCH_CHECK(row_blocks <= std::numeric_limits<int32_t>::max() && feature_blocks <= kMaxGridY,
-                  "mixed_linear (cuda): ", arguments.M, " rows x ", arguments.N, " outputs exceed the grid (at most ",
-                  kMaxGridY * features, " outputs): use backend='triton'");
-  const dim3 grid(static_cast<unsigned>(row_blocks), static_cast<unsigned>(feature_blocks));
+  const dim3 grid = find_grid(arguments.M, ROWS, arguments.N, kWarps * FEATURES);
   mixed_linear_decode<ROWS, FEATURES, ALIGNED><<<grid, kLanes * kWarps, 0, stream>>>(arguments);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+template <class TILE, typename T>
+void launch_mma(const DecodeArguments<T, T>& arguments, int device, cudaStream_t stream) {
+  const dim3 grid = find_grid(arguments.M, TILE::kRows, arguments.N, TILE::kFeatures);
+  // Once for each kernel and device; no stream operation, so that it may happen under a graph's capture.
+  constexpr int kDevices = 64;
+  static std::atomic<bool> is_set[kDevices];
+  if (device >= kDevices || !is_set[device].load()) {
+    const auto kernel = mixed_linear_decode_mma<T, TILE>;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE::kSharedBytes));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+    if (device < kDevices) is_set[device].store(true);
+  }
+  mixed_linear_decode_mma<T, TILE><<<grid, kLanes * TILE::kWarps, TILE::kSharedBytes, stream>>>(arguments);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <typename X, typename W>
+DecodeArguments<X, W> read_arguments(const Operands& o) {
+  return {read_pointer<X>(o.x),           read_pointer<X>(o.base),    read_pointer<W>(o.deltas),
+          read_pointer<float>(o.coefficients), read_pointer<int32_t>(o.row_map), read_pointer<X>(o.bias),
+          read_pointer<W>(o.bias_deltas), static_cast<X*>(o.y.mutable_data_ptr()),
+          o.x.size(0),                    o.deltas.size(0),           o.x.size(1),
+          o.deltas.size(1)};
+}
+
+template <typename X, typename W>
 void launch_typed(const Operands& o) {
-  const DecodeArguments<X, W> a{
-      read_pointer<X>(o.x),           read_pointer<X>(o.base),    read_pointer<W>(o.deltas),
-      read_pointer<float>(o.coefficients), read_pointer<int32_t>(o.row_map), read_pointer<X>(o.bias),
-      read_pointer<W>(o.bias_deltas), static_cast<X*>(o.y.mutable_data_ptr()),
-      o.x.size(0),                    o.deltas.size(0),           o.x.size(1),
-      o.deltas.size(1)};
+  const auto a = read_arguments<X, W>(o);
   // Every choice gives the same bits. 16 rows x 2 features would need 254 registers, 8 x 2 need 128 (sm_80).
   if (a.D % kChunk != 0 || !is_aligned(a.x) || !is_aligned(a.base) || !is_aligned(a.deltas)) {
     launch<4, 1, false>(a, o.stream);
@@ -82,10 +110,31 @@ void launch_typed(const Operands& o) {
   }
 }
 
+// Whether a layer's calls run on the tensor cores. A property of its weights, never of the rows, whose bits it decides.
+bool suits_mma(const Operands& o) {
+  const int64_t N = o.deltas.size(0), K = o.deltas.size(1), D = o.deltas.size(2);
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  return D % kChunk == 0 && D > 0 && K > 0 && N >= MmaMany::kFeatures && D * K <= kMax / 8 && N * K <= kMax &&
+         is_aligned(o.deltas.const_data_ptr()) && (!o.base.has_value() || is_aligned(o.base->const_data_ptr()));
+}
+
+template <typename T>
+void launch_one_dtype(Operands& o) {
+  if (!suits_mma(o)) return launch_typed<T, T>(o);
+  if (!is_aligned(o.x.const_data_ptr())) o.x = torch::stable::clone(o.x);
+  const auto a = read_arguments<T, T>(o);
+  const int device = o.x.get_device_index();
+  // Every choice gives the same bits.
+  if (a.M <= MmaFew::kRows) return launch_mma<MmaFew>(a, device, o.stream);
+  if (a.M <= MmaSome::kRows) return launch_mma<MmaSome>(a, device, o.stream);
+  if (a.M <= MmaMore::kRows) return launch_mma<MmaMore>(a, device, o.stream);
+  launch_mma<MmaMany>(a, device, o.stream);
+}
+
 template <typename X>
-void launch_16_bit(const Operands& o) {
+void launch_16_bit(Operands& o) {
   if (o.deltas.scalar_type() == ScalarType::Float) return launch_typed<X, float>(o);
-  launch_typed<X, X>(o);
+  launch_one_dtype<X>(o);
 }
 
 void check_weight(const char* name, const Tensor& weight, const Tensor& x) {
@@ -136,7 +185,7 @@ Tensor mixed_linear_cuda_fwd(Tensor x, std::optional<Tensor> base, Tensor deltas
   check(o);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   o.stream = static_cast<cudaStream_t>(stream);
   o.x = torch::stable::contiguous(x);
   o.coefficients = torch::stable::contiguous(coefficients);

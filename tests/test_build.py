@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ import clp_kernels
 
 ROOT = Path(__file__).parents[1]
 OBJECT = Path(clp_kernels.__file__).with_name("_cpu.abi3.so")
+CUDA_OBJECT = OBJECT.with_name("_cuda.abi3.so")
 needs_object = pytest.mark.skipif(
     not OBJECT.exists() or shutil.which("nm") is None, reason="no built extension, or no nm"
 )
@@ -106,3 +108,25 @@ def test_no_source_asks_for_the_build_machines_processor():
     for header in (f"mixed_linear_cpu{name}.h" for name in kernels):
         included = [line for line in (ROOT / "csrc" / header).read_text().splitlines() if line.startswith("#include <")]
         assert set(included) <= {"#include <stddef.h>", "#include <stdint.h>"}
+
+
+def needed_objects(path: Path) -> list[str]:
+    dynamic = subprocess.run(["readelf", "-dW", path], capture_output=True, text=True, check=True).stdout
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+
+
+@pytest.mark.skipif(not CUDA_OBJECT.exists() or shutil.which("readelf") is None, reason="no CUDA part, or no readelf")
+def test_the_cuda_object_names_the_library_of_the_symbols_it_uses():
+    """Torch loads libtorch_cuda.so for itself alone: an object that does not name it finds none of its symbols."""
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(needed_objects(CUDA_OBJECT))
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_a_cpu_build_of_torch_links_against_an_empty_libtorch_cuda(setup_py, monkeypatch, tmp_path):
+    (tmp_path / "lib").mkdir()
+    monkeypatch.setattr(setup_py, "torch_folder", lambda: tmp_path)
+    folder = setup_py.torch_cuda_folder(tmp_path / "build", setup_py.find_compiler())
+    header = subprocess.run(["readelf", "-dW", folder / "libtorch_cuda.so"], capture_output=True, text=True, check=True)
+    assert "soname: [libtorch_cuda.so]" in header.stdout
+    (tmp_path / "lib" / "libtorch_cuda.so").touch()
+    assert setup_py.torch_cuda_folder(tmp_path / "build", "c++") == tmp_path / "lib"

@@ -27,7 +27,8 @@ def _load(part: str) -> None:
         try:
             torch.ops.load_library(str(path))
         except OSError as error:  # built for another libtorch or processor family
-            _missing[part] = f"{path.name} does not load ({error}): reinstall with `pip install .`"
+            # torch names the file only; the loader's own words are in the cause.
+            _missing[part] = f"{path.name} does not load ({error.__cause__ or error}): reinstall with `pip install .`"
 
 
 for _part in _FILES:

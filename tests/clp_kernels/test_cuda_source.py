@@ -1,8 +1,10 @@
-"""The CUDA decode kernel of mixed_linear: compiled without a spill, its arithmetic run on the host, the whole on a GPU.
+"""The CUDA decode kernels of mixed_linear: compiled without a spill, their arithmetic run on the host, all on a GPU.
 
-The first two parts need nvcc and no GPU. The arithmetic of the kernel is host-and-device code: a small program calls it
-for one lane after the other, joins the lanes in the kernel's butterfly, and is compared with float64 here. Only the
-shuffle itself and the launch are left to the third part, which needs a GPU and the built extension.
+The first two parts need nvcc and no GPU. The arithmetic of the kernels is host-and-device code, which a small program
+(mixed_linear_sm80_host.cu) runs: the scalar form for one lane after the other, joined in the kernel's butterfly; the
+tensor cores' for whole warps, with asynchronous copies that land early or late and the instruction's fragments by its
+definition. It is compared with float64 here. Only the instructions themselves and the launch are left to the third
+part, which needs a GPU and the built extension.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 import clp_kernels
@@ -26,50 +29,11 @@ needs_extension = pytest.mark.skipif(CUDA_MISSING is not None, reason=f"no CUDA 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)]
 DTYPE_IDS = [f"{x}-deltas-{deltas}".replace("torch.", "") for x, deltas in DTYPES]
-# The launcher's choices: rows and features of a warp, and whether it loads 16 bytes at a time.
+# The launcher's choices in the scalar form: rows and features of a warp, and whether it loads 16 bytes at a time.
 VARIANTS = [(1, 1, True), (4, 1, True), (8, 2, True), (4, 1, False)]
-
-HOST_PROGRAM = r"""
-#include "mixed_linear_sm80.cuh"
-using namespace clp;
-
-template <int ROWS, int FEATURES, bool ALIGNED, typename X, typename W>
-void run(const DecodeArguments<X, W>& a) {
-  for (int64_t row = 0; row < a.M; row += ROWS)
-    for (int64_t feature = 0; feature < a.N; feature += FEATURES) {
-      float total[kLanes][FEATURES][ROWS], next[kLanes];
-      for (int lane = 0; lane < kLanes; ++lane)
-        sum_lane<ROWS, FEATURES, ALIGNED>(a, lane, row, feature, total[lane]);
-      for (int f = 0; f < FEATURES; ++f)
-        for (int r = 0; r < ROWS; ++r) {
-          for (int distance = kLanes / 2; distance > 0; distance /= 2) {
-            for (int lane = 0; lane < kLanes; ++lane) next[lane] = total[lane][f][r] + total[lane ^ distance][f][r];
-            for (int lane = 0; lane < kLanes; ++lane) total[lane][f][r] = next[lane];
-          }
-          store_result(a, row + r, feature + f, total[f * ROWS + r][f][r]);
-        }
-    }
-}
-
-template <typename X, typename W>
-int run_variant(int variant, void** p, const int64_t* n) {
-  const DecodeArguments<X, W> a{(X*)p[0], (X*)p[1], (W*)p[2], (float*)p[3], (int32_t*)p[4], (X*)p[5], (W*)p[6],
-                                (X*)p[7], n[0], n[1], n[2], n[3]};
-  if (variant == 0) run<1, 1, true>(a);
-  if (variant == 1) run<4, 1, true>(a);
-  if (variant == 2) run<8, 2, true>(a);
-  if (variant == 3) run<4, 1, false>(a);
-  return 0;
-}
-
-extern "C" int run_on_host(int dtypes, int variant, void** p, const int64_t* n) {
-  if (dtypes == 0) return run_variant<float, float>(variant, p, n);
-  if (dtypes == 1) return run_variant<__half, __half>(variant, p, n);
-  if (dtypes == 2) return run_variant<__half, float>(variant, p, n);
-  if (dtypes == 3) return run_variant<__nv_bfloat16, __nv_bfloat16>(variant, p, n);
-  return run_variant<__nv_bfloat16, float>(variant, p, n);
-}
-"""
+# On the tensor cores: rows of a block.
+MMA_ROWS = (8, 16, 32, 64)
+MMA_DTYPES = [i for i, (x, deltas) in enumerate(DTYPES) if x == deltas != F32]
 
 
 def compile_with_nvcc(*arguments: str | Path) -> str:
@@ -90,15 +54,30 @@ def test_source_compiles_for_both_architectures_without_a_spill(tmp_path: Path) 
         *("-o", tmp_path / "mixed_linear.o", CSRC / "mixed_linear_sm80.cu"),
     )
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert len(spills) == len(DTYPES) * len(VARIANTS) * len(architectures)
+    kernels = len(DTYPES) * len(VARIANTS) + len(MMA_DTYPES) * len(MMA_ROWS)
+    assert len(spills) == kernels * len(architectures)
     assert set(spills) == {("0", "0", "0")}, log
+    check_instructions(tmp_path / "mixed_linear.o", len(MMA_DTYPES) * len(MMA_ROWS) * len(architectures))
+
+
+def check_instructions(compiled: Path, kernels: int) -> None:
+    """The tensor cores' kernels copy 16 bytes at a time past the registers, and keep nothing in local memory."""
+    program = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    done = subprocess.run([program, "-sass", compiled], capture_output=True, text=True, check=True)
+    functions = [text for text in done.stdout.split("Function : ")[1:] if "mixed_linear_decode_mma" in text[:80]]
+    assert len(functions) == kernels
+    for text in functions:
+        copies = re.findall(r"LDGSTS\S*", text)
+        assert copies
+        assert all(copy.startswith("LDGSTS.E.BYPASS") and ".128" in copy.replace("LTC128B", "") for copy in copies)
+        assert re.search(r"HMMA\.16816\.F32", text)
+        assert not re.search(r"\b(LDL|STL)\b", text)
 
 
 @pytest.fixture(scope="module")
 def host_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("host")
-    source, library = folder / "host.cu", folder / "host.so"
-    source.write_text(HOST_PROGRAM, encoding="utf-8")
+    library = tmp_path_factory.mktemp("host") / "host.so"
+    source = Path(__file__).with_name("mixed_linear_sm80_host.cu")
     compile_with_nvcc("-O1", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC", f"-I{CSRC}", "-o", library, source)
     return ctypes.CDLL(str(library))
 
@@ -116,13 +95,15 @@ def make_inputs(M: int, D: int, N: int, K: int, x: torch.dtype, deltas: torch.dt
     }
 
 
-def compute(inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def compute(inputs: dict[str, Tensor | None], dtype: torch.dtype) -> Tensor:
     """Computes the operator in one dtype throughout, stream by stream."""
-    x, base, deltas, bias, bias_deltas, c = (
-        inputs[name].to(dtype) for name in ("x", "base", "deltas", "bias", "bias_deltas", "coefficients")
+    x, deltas, bias, bias_deltas, c = (
+        inputs[name].to(dtype) for name in ("x", "deltas", "bias", "bias_deltas", "coefficients")
     )
     c_MK = c[inputs["row_map"].long()]
-    y = x @ base.T + bias + c_MK @ bias_deltas.T
+    y = bias + c_MK @ bias_deltas.T
+    if inputs["base"] is not None:
+        y = y + x @ inputs["base"].to(dtype).T
     for k in range(deltas.shape[1]):
         y = y + c_MK[:, k : k + 1] * (x @ deltas[:, k].T)
     return y
@@ -141,7 +122,8 @@ def assert_within_budget(y: Tensor, inputs: dict[str, Tensor]) -> None:
 def run_on_host(library: ctypes.CDLL, inputs: dict[str, Tensor], dtypes: int, variant: int) -> Tensor:
     (M, D), (N, K, _) = inputs["x"].shape, inputs["deltas"].shape
     y = torch.full((M, N), float("nan"), dtype=inputs["x"].dtype)
-    pointers = (ctypes.c_void_p * 8)(*[tensor.data_ptr() for tensor in inputs.values()], y.data_ptr())
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in inputs.values()]
+    pointers = (ctypes.c_void_p * 8)(*addresses, y.data_ptr())
     sizes = (ctypes.c_int64 * 4)(M, N, D, K)
     assert library.run_on_host(dtypes, variant, pointers, sizes) == 0
     return y
@@ -162,9 +144,28 @@ def test_arithmetic_on_the_host(host_library: ctypes.CDLL, M: int, D: int, N: in
         assert torch.equal(y, results[0]), "a row's bits must not depend on the variant, and so on M"
 
 
+@needs_nvcc
+@pytest.mark.parametrize("dtypes", MMA_DTYPES, ids=[DTYPE_IDS[i] for i in MMA_DTYPES])
+@pytest.mark.parametrize("with_base", [True, False], ids=["base", "no-base"])
+@pytest.mark.parametrize(("M", "D", "N", "K"), [(1, 8, 16, 1), (9, 264, 17, 2), (33, 1160, 30, 3), (70, 576, 48, 16)])
+def test_tensor_cores_on_the_host(
+    host_library: ctypes.CDLL, M: int, D: int, N: int, K: int, with_base: bool, dtypes: int
+) -> None:
+    inputs = make_inputs(M, D, N, K, *DTYPES[dtypes])
+    if not with_base:
+        inputs["base"] = None
+    results = [run_on_host(host_library, inputs, dtypes, 10 + variant) for variant in range(2 * len(MMA_ROWS))]
+    assert_within_budget(results[0], inputs)
+    for y in results:
+        assert torch.equal(y, results[0]), "a row's bits must not depend on the variant, and so on M"
+
+
 @needs_extension
 @pytest.mark.parametrize(("x", "deltas"), DTYPES, ids=DTYPE_IDS)
-@pytest.mark.parametrize(("M", "D", "N", "K"), [(1, 264, 7, 2), (5, 33, 3, 1), (18, 576, 129, 5), (40, 64, 65, 2)])
+@pytest.mark.parametrize(
+    ("M", "D", "N", "K"),
+    [(1, 264, 7, 2), (5, 33, 3, 1), (18, 576, 129, 5), (40, 64, 65, 2), (9, 4096, 256, 4), (130, 1160, 50, 3)],
+)
 def test_values_on_a_gpu(M: int, D: int, N: int, K: int, x: torch.dtype, deltas: torch.dtype) -> None:
     inputs = {name: tensor.cuda() for name, tensor in make_inputs(M, D, N, K, x, deltas).items()}
     y = clp_kernels.mixed_linear(**inputs, backend="cuda")
@@ -174,8 +175,9 @@ def test_values_on_a_gpu(M: int, D: int, N: int, K: int, x: torch.dtype, deltas:
 
 
 @needs_extension
-def test_unaligned_rows_on_a_gpu() -> None:
-    inputs = {name: tensor.cuda() for name, tensor in make_inputs(5, 64, 9, 2, BF16, BF16).items()}
+@pytest.mark.parametrize("N", [9, 24], ids=["scalar", "tensor-cores"])
+def test_unaligned_rows_on_a_gpu(N: int) -> None:
+    inputs = {name: tensor.cuda() for name, tensor in make_inputs(5, 64, N, 2, BF16, BF16).items()}
     expected = clp_kernels.mixed_linear(**inputs, backend="cuda")
     storage = torch.empty(5 * 64 + 1, dtype=BF16, device="cuda")
     shifted = storage[1:].view(5, 64).copy_(inputs["x"])
