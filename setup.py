@@ -108,10 +108,17 @@ def escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(compile_line: str, link_line: str, sources: list[str], output: Path, folder: Path) -> str:
+def ninja_file(
+    compile_line: str,
+    link_line: str,
+    sources: list[str],
+    output: Path,
+    folder: Path,
+    codes: dict[str, str] | None = None,
+) -> str:
     lines = [
         "rule compile",
-        f"  command = {compile_line} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {compile_line} $codes -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -121,7 +128,7 @@ def ninja_file(compile_line: str, link_line: str, sources: list[str], output: Pa
     for source in sources:
         obj = folder / (Path(source).name + ".o")
         objects.append(escape(obj))
-        lines.append(f"build {escape(obj)}: compile {escape(ROOT / source)}")
+        lines += [f"build {escape(obj)}: compile {escape(ROOT / source)}", f"  codes = {(codes or {}).get(source, '')}"]
     lines += [f"build {escape(output)}: link {' '.join(objects)}", f"default {escape(output)}", ""]
     return "\n".join(lines)
 
@@ -156,12 +163,12 @@ def torch_cuda_folder(folder: Path, compiler: str) -> Path:
 def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) -> str:
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
     newest = CUDA_ARCHITECTURES[-1]
-    codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    # One thread for each of the codes. The Hopper kernels' instructions are of that architecture alone, without PTX.
+    portable = f"--threads={len(codes) + 1} {' '.join(codes)} -gencode=arch=compute_{newest},code=compute_{newest}"
+    hopper = "-gencode=arch=compute_90a,code=sm_90a"
+    by_source = {source: hopper if source.endswith("_sm90.cu") else portable for source in sources}
     # USE_CUDA opens the stream and device-guard part of the stable headers, also in torch's CPU build.
-    # One thread for each of the codes.
-    flags = (
-        f"-std=c++17 -O3 --threads={len(codes)} -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(STABLE_ABI)}"
-    )
+    flags = f"-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(STABLE_ABI)}"
     nvcc = find_nvcc()
     library = torch_folder() / "lib"
     # torch loads libtorch_cuda.so without making its symbols global, so the built object must name it. The CUDA runtime
@@ -170,9 +177,7 @@ def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) ->
         f'{nvcc} -shared -ccbin {compiler} $in -o $out -L"{library}" -L"{torch_cuda_folder(folder, compiler)}" '
         "-Xlinker --no-as-needed -ltorch_cpu -ltorch_cuda -cudart static"
     )
-    return ninja_file(
-        f"{nvcc} -ccbin {compiler} {' '.join(codes)} {flags} {include_flags()}", link, sources, output, folder
-    )
+    return ninja_file(f"{nvcc} -ccbin {compiler} {flags} {include_flags()}", link, sources, output, folder, by_source)
 
 
 class StableWheel(bdist_wheel):

@@ -54,36 +54,6 @@ def select_product_tile(num_rows: int, dtype: torch.dtype, batch_invariant: bool
     return Tile(rows=64, outs=128, reduced=64, num_warps=8, num_stages=3)
 
 
-PANEL_ROWS = {torch.float32: 128}  # 512 in 16 bits
-SEGMENT_ROWS = 256
-
-
-def select_form(
-    M: int, S: int, dtypes: tuple[torch.dtype, torch.dtype | None], batch_invariant: bool, rounds_mix: bool
-) -> str:
-    """Names how a product of M rows under at most S weightings runs: "streams", "segments" or "panels".
-
-    With t the time of a plain product of these rows and b that of reading one weight:
-    streams: (K + 1) t or (K + 1) b, whatever the weightings.
-    segments: 2 t, or t where the mix is rounded, for tiles of rows of one weighting; as much again for each further
-    weighting in a tile. panels: (K + 2) b + t, at cuBLAS's rate.
-
-    Args:
-        M: Rows.
-        S: Capacity of distinct weightings.
-        dtypes: Of the rows and of the base (None without one).
-        batch_invariant: Streams alone take one tile for any number of rows.
-        rounds_mix: Whether base and deltas may be rounded as one weight; float32 always may.
-    """
-    rows, base = dtypes
-    if batch_invariant or base not in (None, rows):
-        return "streams"
-    is_wide = rows == torch.float32
-    if S == 1 and PANEL_ROWS.get(rows, 512) <= M and (is_wide or rounds_mix):
-        return "panels"
-    return "segments" if not is_wide and M >= SEGMENT_ROWS * S else "streams"
-
-
 def select_gradient_tile(dtype: torch.dtype) -> Tile:
     """Chooses the tile of d_deltas (outs = rows of the tile's N, reduced = its D) and of the coefficients' gradient."""
     if dtype == torch.float32:

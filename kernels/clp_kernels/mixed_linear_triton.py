@@ -19,7 +19,6 @@ from clp_kernels.launch_triton import (
     dot_precision,
     on_device,
     product_arguments,
-    select_form,
     select_gradient_tile,
     select_product_tile,
     sum_by_weighting,
@@ -29,6 +28,7 @@ from clp_kernels.mixed_linear_triton_kernels import (
     mixed_product_kernel,
     row_coefficients_gradient_kernel,
 )
+from clp_kernels.select import select_form
 
 
 def forward(

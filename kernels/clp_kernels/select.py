@@ -40,6 +40,10 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+PANEL_ROWS = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
+SEGMENT_ROWS = 256
+DECODE_ROWS = 64
+
 _ORDER_OF_SUMS = "batch_invariant is True; torch's GEMM sums a row in an order that depends on the number of rows"
 
 
@@ -125,8 +129,37 @@ def select(problem: Problem | OperatorCall, missing: Mapping[str, str | None]) -
         problem: device, dtypes and shapes of the call.
         missing: back-end -> None if it can run, else the reason, as `available_backends()` returns it.
     """
-    candidates = {"cpu": ("cpp",), "cuda": ("triton",)}.get(problem.device_type, ())
+    candidates = {"cpu": ["cpp"], "cuda": ["triton"]}.get(problem.device_type, [])
+    # float32 has no tensor-core kernel in CUDA.
+    if isinstance(problem, Problem) and candidates == ["triton"] and problem.x_dtype.itemsize == 2:
+        candidates = ["cuda", "triton"]
     for name in candidates:
         if missing[name] is None and unsupported_reason(name, problem) is None:
             return name
     return "reference"
+
+
+def select_form(
+    M: int, S: int, dtypes: tuple[torch.dtype, torch.dtype | None], batch_invariant: bool, rounds_mix: bool
+) -> str:
+    """Return how a GPU product of M rows under at most S weightings runs: "streams", "segments" or "panels".
+
+    With t the time of a plain product of these rows and b that of reading one weight:
+    streams: (K + 1) t or (K + 1) b, whatever the weightings.
+    segments: 2 t, or t where the mix is rounded, for tiles of rows of one weighting; as much again for each further
+    weighting in a tile. panels: (K + 2) b + t, at cuBLAS's rate.
+
+    Args:
+        M: Rows.
+        S: Capacity of distinct weightings.
+        dtypes: Of the rows and of the base (None without one).
+        batch_invariant: Streams alone take one tile for any number of rows.
+        rounds_mix: Whether base and deltas may be rounded as one weight; float32 always may.
+    """
+    rows, base = dtypes
+    if batch_invariant or base not in (None, rows):
+        return "streams"
+    is_wide = rows == torch.float32
+    if S == 1 and PANEL_ROWS.get(rows, 512) <= M and (is_wide or rounds_mix):
+        return "panels"
+    return "segments" if not is_wide and M >= SEGMENT_ROWS * S else "streams"

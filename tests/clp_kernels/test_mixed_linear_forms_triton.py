@@ -19,7 +19,7 @@ from triton_support import (
 
 from clp_kernels import mixed_linear, mixed_linear_ref
 from clp_kernels import mixed_linear_panels_triton as panels
-from clp_kernels.launch_triton import select_form
+from clp_kernels.select import select_form
 
 HALF = BF16 if DEVICE == "cuda" else F16
 # Of rows (and base) and deltas, M, D, N, K, S: odd sizes, one block of each kind and several, weightings in one tile.
