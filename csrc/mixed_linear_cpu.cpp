@@ -76,6 +76,7 @@ const Kernels& kernels_in_use() {
     case Isa::avx512:
       return kernels_avx512;
     case Isa::avx512_bf16:
+    case Isa::amx_bf16:
       return kernels_avx512_bf16;
   }
 #endif
@@ -101,6 +102,8 @@ void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, co
   Plan plan = plan_rows(args.row_map, M, args.S);
   const Mixes mixes(plan, args.c, K, args.weights.base != nullptr);
   const int64_t segments = static_cast<int64_t>(plan.segments.size());
+  const TileKernels* tiles = values.dtype == Dtype::bf16 && !batch_invariant ? tile_kernels_in_use() : nullptr;
+  if (tiles) return run_tiles(*tiles, args, mixes, values, biases, y.mutable_data_ptr());
   const bool streams = streams_are_cheaper(M, segments, mixes.any().count + mixes.any().base, true);
   if (batch_invariant || streams) {
     if (!batch_invariant) plan.order.clear();
