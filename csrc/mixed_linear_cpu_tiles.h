@@ -21,6 +21,7 @@ struct TilesJob {
   const float* bias;         // [N] or null
   const float* bias_deltas;  // [N, K] or null
   Bf16* y;                   // [rows, N]
+  int64_t together;          // copies that are made into tiles at once, where they are not read in place
 };
 
 struct TileKernels {
@@ -32,9 +33,9 @@ struct TileKernels {
   void (*products)(const TilesJob& job, int64_t block_begin, int64_t block_end, float* scratch);
 };
 
-// Floats that one thread of `products` needs: a block's sums, the products of one stream, its weights in two parts.
+// Floats that one thread of `products` needs: a block's sums, the products of one stream, the weights of those copies in two parts.
 inline int64_t tiles_scratch(const TileKernels& kernels, const TilesJob& job) {
-  return kernels.outputs * (job.padded_rows + 32 + tile_terms(job.weights.D));
+  return kernels.outputs * (job.padded_rows + 32 + job.together * tile_terms(job.weights.D));
 }
 
 #ifdef CLP_AMX
