@@ -19,7 +19,7 @@ constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16,
 constexpr int kBest = -1;
 std::atomic<int> requested{kBest};
 
-// Whether the processor multiplies tiles of bfloat16, and Linux lets this process: it must be asked, once for all threads.
+// Whether the processor multiplies tiles of bfloat16 and Linux, which is asked once for all threads, permits it.
 bool has_amx() {
 #ifdef CLP_AMX
   constexpr unsigned kLeaf = 7, kBf16 = 1u << 22, kTiles = 1u << 24;

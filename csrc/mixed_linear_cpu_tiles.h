@@ -7,11 +7,11 @@
 
 namespace clp {
 
-// Inputs of a row in whole tiles.
+// Inputs of a row in whole tiles of 32.
 inline int64_t tile_terms(int64_t D) { return (D + 31) / 32 * 32; }
 
-// y[m, n] = sum over streams of coefficient * <x_m, stream_n>, and the bias terms: the products of each stream by tiles,
-// each weighted in float32 by the coefficients of the rows.
+// y[m, n] = sum over streams of coefficient * <x_m, stream_n>, and the bias terms: each stream's products by tiles, and
+// weighted in float32 by the coefficients of the rows.
 struct TilesJob {
   Weights weights;
   Mix streams;               // its c is not used
@@ -33,7 +33,7 @@ struct TileKernels {
   void (*products)(const TilesJob& job, int64_t block_begin, int64_t block_end, float* scratch);
 };
 
-// Floats that one thread of `products` needs: a block's sums, the products of one stream, the weights of those copies in two parts.
+// Floats that one thread of `products` needs: a block's sums, the products of one stream, weights in two parts.
 inline int64_t tiles_scratch(const TileKernels& kernels, const TilesJob& job) {
   return kernels.outputs * (job.padded_rows + 32 + job.together * tile_terms(job.weights.D));
 }
