@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from clp_engine.layers import CLPLayer, conditioned_layers, release, widened
+from clp_engine.layers.linear import contiguous_rows
 
 
 @torch.no_grad()
@@ -39,6 +40,8 @@ def collapse(model: Any, c_C: torch.Tensor) -> Any:
         twin.gradient_checkpointing_disable()
     for module in twin.modules():
         vars(module).pop("_gradient_checkpointing_func", None)  # ours
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is contiguous_rows]:
+            del module._forward_pre_hooks[key]
     for parameter in twin.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return twin.eval()

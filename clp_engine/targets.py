@@ -17,7 +17,7 @@ from clp_engine.conditioning import ActiveConditioning
 from clp_engine.config import CLPConfig
 from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition
 from clp_engine.layers.embedding import DeltaEmbedding, PerSequenceBias, RelativeBiasEmbedding
-from clp_engine.layers.linear import DeltaLinear, features, has_float_weight, is_linear
+from clp_engine.layers.linear import DeltaLinear, contiguous_rows, features, has_float_weight, is_linear
 from clp_engine.layers.low_rank import LoRALinear, PBLoRALinear, SVDLinear
 from clp_engine.layers.norm import DeltaNorm, is_norm, norm_arithmetic
 from clp_engine.layers.soft_tokens import SoftTokenAttention
@@ -49,6 +49,8 @@ def condition_modules(model: nn.Module, config: CLPConfig, active: ActiveConditi
         _adopt(model, path, config, LayerContext(active, path, config.copy_names), tied)
     for path in shared:
         _adopt_delta(model, path, LayerContext(active, path, (SHARED_COPY,), shared=True), True, tied)
+    if (head := _output_head(model)) is not None:
+        head.register_forward_pre_hook(contiguous_rows)
     return [*chosen, *shared]
 
 
@@ -60,7 +62,7 @@ def find_targets(model: nn.Module, config: CLPConfig) -> list[str]:
     """
     modules = dict(model.named_modules())
     linears = [path for path, module in modules.items() if is_linear(module)]
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = _output_head(model)
     if config.target_modules is not None:
         known = [path for path, module in modules.items() if _carries_delta(module)]
         found = _matching(linears, known, config, modules, head)
@@ -84,6 +86,10 @@ def find_targets(model: nn.Module, config: CLPConfig) -> list[str]:
             near = _hint(linears, [target])
             raise ValueError(f"{target!r} of {wanted} matches no layer of {type(model).__name__}{near}")
     return found
+
+
+def _output_head(model: nn.Module) -> Any:
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def _matching(

@@ -3,13 +3,34 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "cpu_amx.h"
+
+#ifdef CLP_AMX
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace clp {
 
 namespace {
 
-constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+constexpr Isa kAll[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx_bf16};
 constexpr int kBest = -1;
 std::atomic<int> requested{kBest};
+
+// Whether the processor multiplies tiles of bfloat16 and Linux, which is asked once for all threads, permits it.
+bool has_amx() {
+#ifdef CLP_AMX
+  constexpr unsigned kLeaf = 7, kBf16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx = 0;
+  if (!__get_cpuid_count(kLeaf, 0, &eax, &ebx, &ecx, &edx)) return false;
+  return (edx & kBf16) && (edx & kTiles) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 Isa detect() {
 #if defined(__x86_64__)
@@ -22,7 +43,8 @@ Isa detect() {
       !__builtin_cpu_supports("avx512vl")) {
     return Isa::avx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+  return has_amx() ? Isa::amx_bf16 : Isa::avx512_bf16;
 #else
   return Isa::portable;
 #endif
@@ -54,7 +76,7 @@ void set_isa(const std::string& name) {
     return;
   }
   throw std::invalid_argument("unknown instruction set '" + name +
-                              "'; one of portable, avx2, avx512, avx512_bf16, best");
+                              "'; one of portable, avx2, avx512, avx512_bf16, amx_bf16, best");
 }
 
 const char* isa_name(Isa isa) {
@@ -67,6 +89,8 @@ const char* isa_name(Isa isa) {
       return "avx512";
     case Isa::avx512_bf16:
       return "avx512_bf16";
+    case Isa::amx_bf16:
+      return "amx_bf16";
   }
   return "unknown";
 }

@@ -30,6 +30,7 @@ const LowRankKernels& low_rank_kernels() {
       return low_rank_kernels_avx2;
     case Isa::avx512:
     case Isa::avx512_bf16:
+    case Isa::amx_bf16:
       return low_rank_kernels_avx512;
   }
 #endif

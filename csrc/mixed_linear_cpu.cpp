@@ -1,5 +1,6 @@
 // mixed_linear on the CPU: forward and gradient of x, each in the way that suits the rows.
 //
+//   bfloat16 rows, on tiles             one product for each stream, read once      mixed_linear_cpu_tiles.cpp
 //   few rows, or rows that all differ   every stream read once, one sum for each    mixed_linear_cpu_rows.cpp
 //   many rows of each weighting         panels of each mix into torch's product     mixed_linear_cpu_product.cpp
 //   fewer                               blocks of the mixes into an own product     mixed_linear_cpu_blocks.cpp
@@ -19,6 +20,9 @@ namespace {
 // about its time up to here (K = 2, all weightings different, N = D = 2048, two Zen 3 cores: 25 ms for 64 rows, torch's
 // product 26 for 65).
 constexpr int64_t kTorchRows = 65;
+
+// Products by tiles of bfloat16 that a stream takes.
+int64_t products_of(Dtype dtype) { return dtype == Dtype::bf16 ? 1 : 2; }
 
 // The product with the mix of each segment, or for all rows with each stream for itself.
 Product product_of(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes, const Array& a, bool transposed,
@@ -76,6 +80,7 @@ const Kernels& kernels_in_use() {
     case Isa::avx512:
       return kernels_avx512;
     case Isa::avx512_bf16:
+    case Isa::amx_bf16:
       return kernels_avx512_bf16;
   }
 #endif
@@ -101,7 +106,15 @@ void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, co
   Plan plan = plan_rows(args.row_map, M, args.S);
   const Mixes mixes(plan, args.c, K, args.weights.base != nullptr);
   const int64_t segments = static_cast<int64_t>(plan.segments.size());
-  const bool streams = streams_are_cheaper(M, segments, mixes.any().count + mixes.any().base, true);
+  const Mix& any = mixes.any();
+  const int64_t num_streams = any.count + any.base;
+  const TileKernels* tiles = values.dtype == Dtype::bf16 && !batch_invariant ? tile_kernels_in_use() : nullptr;
+  const int64_t num_products =
+      any.count * products_of(args.weights.deltas_dtype) + any.base * products_of(args.weights.base_dtype);
+  if (tiles && tiles_are_cheaper(M, segments, num_streams, num_products)) {
+    return run_tiles(*tiles, args, mixes, values, biases, y.mutable_data_ptr());
+  }
+  const bool streams = streams_are_cheaper(M, segments, num_streams, true);
   if (batch_invariant || streams) {
     if (!batch_invariant) plan.order.clear();
     run_rows(args, plan, mixes, batch_invariant, values, biases, y.mutable_data_ptr(), values.dtype);

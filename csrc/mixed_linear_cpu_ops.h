@@ -125,6 +125,15 @@ struct Bias {
 void run_rows(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes, bool mixed, const Array& x,
               const Bias& bias, void* y, Dtype y_dtype);
 
+struct TileKernels;
+
+// Kernels that multiply tiles of bfloat16, where the instruction set in use has such; else null.
+const TileKernels* tile_kernels_in_use();
+
+// y, bfloat16 as x, by these kernels: streams each for itself.
+void run_tiles(const TileKernels& kernels, const MixedLinearArgs& args, const Mixes& mixes, const Array& x,
+               const Bias& bias, void* y);
+
 // One product of a sum over streams: the mix of a segment, or one stream with its coefficient on the rows.
 struct Term {
   Mix mix;

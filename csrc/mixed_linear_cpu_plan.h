@@ -38,6 +38,10 @@ class Mixes {
 // few rows.
 bool streams_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, bool own_kernel);
 
+// Whether the streams' products are cheaper each for itself by tiles of bfloat16, `num_products` of them: a stream of
+// another dtype takes two.
+bool tiles_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, int64_t num_products);
+
 // Whether so few rows share a weighting that own blocks take less time than torch's product, which packs the mix of
 // each segment anew.
 bool segments_are_short(int64_t M, int64_t num_segments);

@@ -35,6 +35,7 @@ const LogprobKernels& logprob_kernels_in_use() {
       return logprob_kernels_avx2;
     case Isa::avx512:
     case Isa::avx512_bf16:
+    case Isa::amx_bf16:
       return logprob_kernels_avx512;
   }
 #endif

@@ -100,11 +100,11 @@ def test_no_python_symbol():
 def test_no_source_asks_for_the_build_machines_processor():
     text = (ROOT / "setup.py").read_text()
     assert "-march=" not in text
-    for file in (ROOT / "csrc").glob("mixed_linear_cpu_avx*.cpp"):
+    for file in (ROOT / "csrc").glob("mixed_linear_cpu_a[mv]x*.cpp"):
         # A standard header after (or without) the target pragma may leave AVX code in a function shared with others.
         assert "#include <vector>" not in file.read_text()
         assert "#include <string>" not in file.read_text()
-    kernels = ("", "_kernels", "_vector", "_mix", "_dots", "_panels", "_rows")
+    kernels = ("", "_kernels", "_vector", "_mix", "_dots", "_panels", "_rows", "_tiles", "_amx_panels")
     for header in (f"mixed_linear_cpu{name}.h" for name in kernels):
         included = [line for line in (ROOT / "csrc" / header).read_text().splitlines() if line.startswith("#include <")]
         assert set(included) <= {"#include <stddef.h>", "#include <stdint.h>"}

@@ -8,6 +8,7 @@ import torch
 
 _FOLDER = Path(__file__).parent
 _FILES = {"cpu": "_cpu.abi3.so", "cuda": "_cuda.abi3.so"}
+_ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx_bf16")  # a processor that runs one runs those before it
 _missing: dict[str, str] = {}
 
 
@@ -41,7 +42,7 @@ def missing_reason(part: str) -> str | None:
 
 
 def isa() -> str:
-    """Return the instruction set that the CPU kernels use now: "portable", "avx2", "avx512" or "avx512_bf16".
+    """Return the instruction set that the CPU kernels use now: one of `available_isas()`.
 
     Raises:
         RuntimeError: the CPU part is not loaded.
@@ -58,9 +59,8 @@ def set_isa(name: str) -> None:
         RuntimeError: the CPU part is not loaded.
     """
     _require_cpu()
-    known = ("portable", "avx2", "avx512", "avx512_bf16")
     if name != "best" and name not in available_isas():
-        what = "this processor lacks it" if name in known else f"it must be one of {', '.join(known)} or best"
+        what = "this processor lacks it" if name in _ISAS else f"it must be one of {', '.join(_ISAS)} or best"
         raise ValueError(f"instruction set {name!r}: {what}; available here: {', '.join(available_isas())}")
     torch.ops.clp.cpu_set_isa(name)
 
@@ -68,12 +68,13 @@ def set_isa(name: str) -> None:
 def available_isas() -> tuple[str, ...]:
     """Return the instruction sets that this processor runs, the slowest first.
 
+    All there are: "portable", "avx2", "avx512", "avx512_bf16" and "amx_bf16".
+
     Raises:
         RuntimeError: the CPU part is not loaded.
     """
     _require_cpu()
-    ordered = ("portable", "avx2", "avx512", "avx512_bf16")
-    return ordered[: ordered.index(torch.ops.clp.cpu_best_isa()) + 1]
+    return _ISAS[: _ISAS.index(torch.ops.clp.cpu_best_isa()) + 1]
 
 
 def _require_cpu() -> None:

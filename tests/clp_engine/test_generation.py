@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 import transformers
+from mixed_linear_support import largest_allocation
 from tests_support import fixed_noise, randomise_deltas, tiny_llama
 
 import clp_engine as clp
@@ -184,3 +185,22 @@ def test_pipelines_pass_the_weighting_on(model, batch, tokenizer):
         assert pipe(PROMPTS[i], reward_weights=w.tolist(), **options)[0]["generated_text"].strip() == wanted
     with pytest.raises(ValueError, match="3 rows for a batch of 1"):
         pipe(PROMPTS, reward_weights=W, **options)
+
+
+def test_the_head_of_a_prefill_copies_no_weight():
+    """torch's product of a slice of the hidden states and a frozen weight copies the weight for each sequence."""
+    model = condition(tiny_llama(vocab_size=2048).bfloat16())
+    ids_BT = torch.randint(2, 32, (8, 5), generator=torch.Generator().manual_seed(0))
+    weight = model.get_output_embeddings().weight
+
+    def prefill():
+        with torch.inference_mode():
+            model(ids_BT, reward_weights=[0.5, 0.5], logits_to_keep=1)
+
+    assert largest_allocation(prefill) < weight.nbytes
+
+
+def test_a_collapsed_model_has_no_hook_of_ours():
+    model = condition(tiny_llama())
+    assert model.get_output_embeddings()._forward_pre_hooks
+    assert not model.collapse([0.5, 0.5]).get_output_embeddings()._forward_pre_hooks

@@ -158,7 +158,7 @@ def test_non_contiguous_and_empty(backend):
 @needs_cpp
 def test_an_instruction_set_that_is_missing_raises():
     assert extension.isa() == ISAS[-1]
-    for name in {"portable", "avx2", "avx512", "avx512_bf16"} - set(ISAS):
+    for name in {"portable", "avx2", "avx512", "avx512_bf16", "amx_bf16"} - set(ISAS):
         with pytest.raises(ValueError, match=f"'{name}': this processor lacks it; available here: portable"):
             extension.set_isa(name)
     with pytest.raises(ValueError, match="'mmx': it must be one of"):

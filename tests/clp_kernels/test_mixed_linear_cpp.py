@@ -87,8 +87,9 @@ def test_batch_invariant_bits_do_not_depend_on_the_number_of_threads(isa, set_th
 
 
 @pytest.mark.parametrize(("M", "S"), [(1, 1), (8, 8), (16, 16), (90, 90)])
-def test_streaming_bits_do_not_depend_on_the_number_of_threads(isa, set_threads, M, S):
-    a = problem(M, 128, 600, 2, S, F32, F32)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_streaming_bits_do_not_depend_on_the_number_of_threads(isa, set_threads, dtype, M, S):
+    a = problem(M, 128, 600, 2, S, dtype, dtype)
     results = []
     for count in (1, 2):
         set_threads(count)

@@ -1,0 +1,216 @@
+// Products with bfloat16 rows by Intel AMX's tiles (AMX-TILE, AMX-BF16, with AVX-512); run only where the processor has
+// them and the operating system has granted them.
+//
+// A tile is 16 rows of 64 bytes. One instruction multiplies a tile of weights (16 outputs by 32 inputs, as rows of
+// weights lie in memory) and a tile of x (16 pairs of inputs by 16 rows of x) and adds to a tile of float32 sums, 16
+// outputs by 16 rows of x. Products are exact, denormals count as zero.
+#include "cpu_amx.h"
+
+#ifdef CLP_AMX
+#include <immintrin.h>
+
+#include "mixed_linear_cpu_tiles.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c")
+#endif
+
+#define CLP_WIDTH 16
+#define CLP_F16C
+#define CLP_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace clp {
+namespace amx {
+namespace {
+
+constexpr int kWidth = CLP_WIDTH;
+
+#include "mixed_linear_cpu_vector.h"
+
+constexpr int64_t kTile = 16;                    // rows of a tile
+constexpr int64_t kTerms = 32;                   // inputs of a tile
+constexpr int64_t kTileSize = kTile * kTerms;    // bfloat16s of a tile
+constexpr int64_t kOutputs = 2 * kTile;          // of a block
+
+// The compiler's own functions for tiles do not tell it that they read memory, and take numbers of tiles only as text.
+#define CLP_TILE_LOAD(tile, from, step) \
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((int64_t)(step)) : "memory")
+#define CLP_TILE_STORE(tile, to, step) \
+  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(step)) : "memory")
+#define CLP_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile : : :)
+#define CLP_TILE_MULTIPLY(sum, weights, x) \
+  __asm__ volatile("tdpbf16ps %%tmm" #x ", %%tmm" #weights ", %%tmm" #sum : : :)
+
+// All eight tiles: 16 rows of 64 bytes.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+static void configure() {
+  const TileConfig config;
+  __asm__ volatile("ldtilecfg %0" : : "m"(config));
+}
+
+static void release() { __asm__ volatile("tilerelease" : : :); }
+
+#include "mixed_linear_cpu_amx_panels.h"
+
+// out[n, i] = <row n of the panel, row i of x>, [32, 32]; x has one tile of rows, or two that are x_step apart.
+// `fetch`: what lies panel.ahead is fetched ahead.
+template <bool two_outputs, bool two_rows>
+static __attribute__((noinline)) void multiply(const Panel& panel, const Bf16* x, int64_t x_step, int64_t tiles,
+                                               bool fetch, float* out) {
+  CLP_TILE_ZERO(0);
+  if (two_rows) CLP_TILE_ZERO(1);
+  if (two_outputs) CLP_TILE_ZERO(2);
+  if (two_outputs && two_rows) CLP_TILE_ZERO(3);
+  const char *low = panel.low, *high = panel.high;
+  for (int64_t t = 0; t < tiles; t++, low += panel.tile_step, high += panel.tile_step, x += kTileSize) {
+    if (fetch) {
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kTile; i++) __builtin_prefetch(low + panel.ahead + i * panel.row_step, 0, 2);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kTile; i++) __builtin_prefetch(high + panel.ahead + i * panel.row_step, 0, 2);
+    }
+    CLP_TILE_LOAD(6, x, 64);
+    if (two_rows) CLP_TILE_LOAD(7, x + x_step, 64);
+    for (int64_t part = 0; part < panel.parts; part++) {
+      CLP_TILE_LOAD(4, low + part * panel.part_step, panel.row_step);
+      CLP_TILE_MULTIPLY(0, 4, 6);
+      if (two_rows) CLP_TILE_MULTIPLY(1, 4, 7);
+      if (two_outputs) {
+        CLP_TILE_LOAD(5, high + part * panel.part_step, panel.row_step);
+        CLP_TILE_MULTIPLY(2, 5, 6);
+        if (two_rows) CLP_TILE_MULTIPLY(3, 5, 7);
+      }
+    }
+  }
+  CLP_TILE_STORE(0, out, kOutputs * 4);
+  if (two_rows) CLP_TILE_STORE(1, out + kTile, kOutputs * 4);
+  if (two_outputs) CLP_TILE_STORE(2, out + kTile * kOutputs, kOutputs * 4);
+  if (two_outputs && two_rows) CLP_TILE_STORE(3, out + kTile * kOutputs + kTile, kOutputs * 4);
+}
+
+// One block of outputs: sums[n, i] over the streams, `step` apart, [kOutputs, step].
+struct Block {
+  int64_t n0, count;
+  float *sums, *products;
+  int64_t step;
+  Bf16* scratch;
+};
+
+// Adds c times the stream's products with up to 32 rows of x to their sums; c per row, null: 1.
+static void add_products(const Block& block, const Panel& panel, const Bf16* x, int64_t x_step, int64_t tiles,
+                         bool two_rows, bool fetch, const float* c, float* sums) {
+  const bool two_outputs = block.count > kTile;
+  const auto run = two_outputs ? (two_rows ? multiply<true, true> : multiply<true, false>)
+                               : (two_rows ? multiply<false, true> : multiply<false, false>);
+  run(panel, x, x_step, tiles, fetch, block.products);
+  for (int64_t i = 0; i < (two_rows ? 2 * kTile : kTile); i += kWidth) {
+    const Vec factor = c ? load(c + i) : splat(1.0f);
+    for (int64_t n = 0; n < block.count; n++) {
+      float* sum = sums + n * block.step + i;
+      store(sum, load(sum) + factor * load(block.products + n * kOutputs + i));
+    }
+  }
+}
+
+template <typename Weight>
+static void add_streams(const TilesJob& job, const Block& block, const Streams<Weight>& streams) {
+  const int64_t tiles = tile_terms(streams.D) / kTerms, x_step = tiles * kTileSize;
+  if (!streams.are_tiles()) copy_to_tiles(streams, block.scratch);
+  for (int64_t m = 0; m < job.rows; m += 2 * kTile) {
+    const Bf16* x = job.x + m / kTile * x_step;
+    for (int64_t a = 0; a < streams.num_copies; a++) {
+      const float* c = streams.copies ? job.c + streams.copies[a] * block.step + m : nullptr;
+      const bool fetch = streams.are_tiles() && m == 0;
+      add_products(block, panel_of(streams, a, block.scratch), x, x_step, tiles, job.rows - m > kTile, fetch, c,
+                   block.sums + m);
+    }
+  }
+}
+
+template <typename Weight>
+CLP_INLINE void add_base(const TilesJob& job, const Block& block, const Weight* base) {
+  const int64_t D = job.weights.D;
+  add_streams(job, block, Streams<Weight>{base + block.n0 * D, D, block.count, D, nullptr, 1});
+}
+
+template <typename Weight>
+CLP_INLINE void add_copies(const TilesJob& job, const Block& block, const Weight* deltas) {
+  const int64_t D = job.weights.D, step = job.weights.K * D, count = job.streams.count;
+  for (int64_t a = 0; a < count; a += job.together) {
+    const int64_t together = count - a < job.together ? count - a : job.together;
+    const Weight* rows = deltas + block.n0 * step;
+    add_streams(job, block, Streams<Weight>{rows, step, block.count, D, job.streams.copies + a, together});
+  }
+}
+
+static void start_sums(const TilesJob& job, const Block& block) {
+  const int64_t K = job.weights.K;
+  for (int64_t n = 0; n < block.count; n++) {
+    for (int64_t i = 0; i < block.step; i += kWidth) {
+      Vec sum = splat(job.bias ? job.bias[block.n0 + n] : 0.0f);
+      for (int64_t k = 0; job.bias_deltas && k < K; k++) {
+        sum += load(job.c + k * block.step + i) * job.bias_deltas[(block.n0 + n) * K + k];
+      }
+      store(block.sums + n * block.step + i, sum);
+    }
+  }
+}
+
+static void store_outputs(const TilesJob& job, const Block& block) {
+  const int64_t N = job.weights.N;
+  for (int64_t m = 0; m < job.rows; m += kTile) {
+    for (int64_t n = 0; n < block.count; n += kTile) {
+      Vec rows[kWidth];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < kTile; j++) rows[j] = load(block.sums + (n + j) * block.step + m);
+      transpose(rows);
+      const int64_t columns = block.count - n, count = job.rows - m;
+      const __mmask16 valid = columns >= kTile ? ~(__mmask16)0 : (__mmask16)((1u << columns) - 1);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kTile; i++) {
+        if (i >= count) break;
+        const VecUint bits = round_to_bf16(rows[i]) >> 16;
+        _mm512_mask_cvtepi32_storeu_epi16(job.y + (m + i) * N + block.n0 + n, valid, (__m512i)bits);
+      }
+    }
+  }
+}
+
+// Outputs of `block_begin` and the blocks after it; scratch holds tiles_scratch(job) floats.
+static void products(const TilesJob& job, int64_t block_begin, int64_t block_end, float* scratch) {
+  const Weights& w = job.weights;
+  const int64_t step = job.padded_rows;
+  Block block{0, 0, scratch, scratch + kOutputs * step, step, (Bf16*)(scratch + kOutputs * (step + kOutputs))};
+  configure();
+  for (int64_t b = block_begin; b < block_end; b++) {
+    block.n0 = b * kOutputs;
+    block.count = w.N - block.n0 < kOutputs ? w.N - block.n0 : kOutputs;
+    start_sums(job, block);
+    if (job.streams.base) {
+      with_type(w.base_dtype, w.base, [&](const auto* base) { add_base(job, block, base); });
+    }
+    with_type(w.deltas_dtype, w.deltas, [&](const auto* deltas) { add_copies(job, block, deltas); });
+    store_outputs(job, block);
+  }
+  release();
+}
+
+}  // namespace
+}  // namespace amx
+
+extern const TileKernels tile_kernels_amx;
+const TileKernels tile_kernels_amx = {amx::kTile, amx::kOutputs, amx::pack, amx::products};
+
+}  // namespace clp
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif
