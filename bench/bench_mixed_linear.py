@@ -218,6 +218,8 @@ def contenders(case: Case, device: str, tensors: Tensors) -> dict[str, Contender
         calls["premix"] = premix(case)
     if case.is_gpu and case.S <= MAX_PREMIXED:
         calls["premix_in_turn"] = premix_in_turn(case)
+    if case.is_gpu and case.S < case.M:
+        calls["rounded"] = ours("auto", exact_delta=False)
     if device == "cuda":  # on a CPU the reference is `concat`, and "auto" is the C++ kernel
         missing = available_backends()
         arguments = (tensors["x"], tensors.get("base"), tensors["deltas"], tensors["c"])
@@ -229,9 +231,10 @@ def contenders(case: Case, device: str, tensors: Tensors) -> dict[str, Contender
     return found | {CEILING: Contender(plain, case.trained("x", "premixed"), CEILING)}
 
 
-def ours(backend: str, row_map: str = "row_map") -> Call:
+def ours(backend: str, row_map: str = "row_map", exact_delta: bool = True) -> Call:
     def call(t: Tensors) -> Tensor:
-        return mixed_linear(t["x"], t.get("base"), t["deltas"], t["c"], row_map=t[row_map], backend=backend)
+        how = {"row_map": t[row_map], "backend": backend, "exact_delta": exact_delta}
+        return mixed_linear(t["x"], t.get("base"), t["deltas"], t["c"], **how)
 
     return call
 
