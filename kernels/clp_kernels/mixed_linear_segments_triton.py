@@ -103,7 +103,7 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return AMPERE
     properties = torch.cuda.get_device_properties(device)
-    return properties.major, properties.shared_memory_per_block_optin - 4096
+    return properties.major, properties.shared_memory_per_block_optin - 4096  # type: ignore[attr-defined]
 
 
 def write_gradient(
