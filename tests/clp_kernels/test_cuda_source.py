@@ -32,7 +32,7 @@ DTYPE_IDS = [f"{x}-deltas-{deltas}".replace("torch.", "") for x, deltas in DTYPE
 # The launcher's choices in the scalar form: rows and features of a warp, and whether it loads 16 bytes at a time.
 VARIANTS = [(1, 1, True), (4, 1, True), (8, 2, True), (4, 1, False)]
 # On the tensor cores: rows of a block.
-MMA_ROWS = (8, 16, 32, 64)
+MMA_ROWS = (8, 16, 16, 32, 64, 8)
 MMA_DTYPES = [i for i, (x, deltas) in enumerate(DTYPES) if x == deltas != F32]
 
 
