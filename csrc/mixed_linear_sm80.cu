@@ -28,6 +28,7 @@
 
 #include "mixed_linear_sm80.cuh"
 #include "mixed_linear_sm80_mma.cuh"
+#include "mixed_linear_sm80_mma_kernel.cuh"
 
 namespace clp {
 namespace {
@@ -141,7 +142,8 @@ void launch_typed(const Operands& o) {
 bool suits_mma(const Operands& o) {
   const int64_t N = o.deltas.size(0), K = o.deltas.size(1), D = o.deltas.size(2);
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  return D % kChunk == 0 && D > 0 && K > 0 && N >= MmaMany::kFeatures && D * K <= kMax / 8 && N * K <= kMax &&
+  const bool is_small = D <= kMax / MmaMany::kRows && D * K <= kMax / 8 && N * K <= kMax && o.coefficients.numel() <= kMax;
+  return D % kChunk == 0 && D > 0 && K > 0 && N >= MmaMany::kFeatures && is_small &&
          is_aligned(o.deltas.const_data_ptr()) && (!o.base.has_value() || is_aligned(o.base->const_data_ptr()));
 }
 
@@ -156,6 +158,7 @@ void launch_one_dtype(Operands& o) {
   // Twice the features halve the reads of x, from L2, and leave half the blocks: not for narrow layers.
   if (a.M <= MmaSome::kRows && a.N < kWide) return launch_mma<MmaSome>(a, device, o.stream);
   if (a.M <= MmaSome::kRows) return launch_mma<MmaSomeWide>(a, device, o.stream);
+  if (a.M <= MmaMore::kRows && a.N >= 2 * kWide) return launch_mma<MmaMoreWide>(a, device, o.stream);
   if (a.M <= MmaMore::kRows) return launch_mma<MmaMore>(a, device, o.stream);
   launch_mma<MmaMany>(a, device, o.stream);
 }

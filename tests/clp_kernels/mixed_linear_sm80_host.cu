@@ -73,6 +73,7 @@ struct HostWarp {
     groups.push_back(std::move(open));
     open.clear();
   }
+  void join() const {}
   template <int PENDING>
   void wait() {
     for (; groups.size() > PENDING; groups.pop_front())
@@ -92,7 +93,7 @@ struct HostWarp {
       const int g = lane / 4, t = lane % 4;
       const uint32_t(&a_words)[4] = lanes[lane].left[i][v][half];
       uint32_t b_words[2];
-      right_operand(lanes[lane], f, v, half, b_words);
+      right_operand(lanes[lane], f, half, b_words);
       for (int j = 0; j < 2; ++j)
         for (int part = 0; part < 2; ++part) {
           left[g][2 * t + 8 * part + j] = element(a_words[2 * part], j);
@@ -113,22 +114,21 @@ struct HostWarp {
 template <class TILE, typename T>
 int run_blocks(const DecodeArguments<T, T>& a, bool early) {
   const int blocks = (int(a.N) + TILE::kFeatures - 1) / TILE::kFeatures;
-  const int words = TILE::warp_words(int(a.K) + (a.base != nullptr));
+  const int streams = int(a.K) + (a.base != nullptr);
   for (int first_row = 0; first_row < a.M; first_row += TILE::kRows)
     for (int block = 0; block < blocks; ++block) {
       const int first_feature = find_first_feature<TILE>(a, block);
-      std::vector<Words> rings(TILE::kAllWarps * words);
-      std::memset(rings.data(), 0xff, rings.size() * sizeof(Words));  // NaN
-      for (int warp = 0; warp < TILE::kAllWarps; ++warp) {
-        Words* ring = rings.data() + warp * words;
-        HostWarp<T> machine{a, ring, early};
+      std::vector<Words> memory(TILE::shared_bytes(streams) / sizeof(Words));
+      std::memset(memory.data(), 0xff, memory.size() * sizeof(Words));  // NaN
+      float* shared = reinterpret_cast<float*>(memory.data());
+      for (int warp = 0; warp < TILE::kWarps; ++warp) {
+        HostWarp<T> machine{a, memory.data() + warp * TILE::warp_words(streams), early};
         Lane<T, TILE> lanes[32];
-        run_warp(machine, a, warp, first_row, first_feature, lanes);
+        run_warp(machine, a, warp, first_row, first_feature, shared, lanes);
         if (machine.out_of_bounds) return 1;
-        for (const auto& lane : lanes) store_totals(lane, ring);
       }
-      const float* totals = reinterpret_cast<const float*>(rings.data());
-      store_results<TILE>(a, 0, 1, first_row, first_feature, [&](int w, int i) { return totals[w * words * 4 + i]; });
+      store_results<TILE>(a, 0, 1, first_row, first_feature,
+                          [&](int part, int i) { return shared[TILE::find_total(part, streams) + i]; });
     }
   return 0;
 }
@@ -140,6 +140,7 @@ int run_mma(int variant, const DecodeArguments<T, T>& a) {
   if (variant / 2 == 2) return run_blocks<MmaSomeWide>(a, variant % 2);
   if (variant / 2 == 3) return run_blocks<MmaMore>(a, variant % 2);
   if (variant / 2 == 4) return run_blocks<MmaMany>(a, variant % 2);
+  if (variant / 2 == 5) return run_blocks<MmaMoreWide>(a, variant % 2);
   return run_blocks<MmaShallow>(a, variant % 2);
 }
 
