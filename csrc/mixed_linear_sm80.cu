@@ -24,7 +24,6 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
-#include <type_traits>
 
 #include "mixed_linear_sm80.cuh"
 #include "mixed_linear_sm80_mma.cuh"
@@ -37,7 +36,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxGridY = 65535;
-constexpr int64_t kWide = 2048;  // outputs: from here on 16 a block fill the multiprocessors
+constexpr int64_t kWide = 2048;  // outputs: from here on 16 a block are enough blocks, from twice on 32
 
 struct Operands {
   Tensor x, deltas, coefficients, row_map, y;
@@ -92,15 +91,16 @@ Limits prepare_mma(int device) {
   return limits;
 }
 
-template <class TILE, typename T>
+// By the first of the tiles that fits the device; the last one fits all.
+template <class TILE, class... OTHERS, typename T>
 void launch_mma(const DecodeArguments<T, T>& arguments, int device, cudaStream_t stream) {
   const Limits limits = prepare_mma<TILE, T>(device);
   const int bytes = TILE::shared_bytes(int(arguments.K) + (arguments.base != nullptr));
-  if constexpr (!std::is_same_v<TILE, MmaShallow>)
-    if (bytes > limits.shared_bytes) return launch_mma<MmaShallow>(arguments, device, stream);
+  if constexpr (sizeof...(OTHERS) > 0)
+    if (bytes > limits.shared_bytes) return launch_mma<OTHERS...>(arguments, device, stream);
   cudaLaunchConfig_t config{};
   config.gridDim = find_grid(arguments.M, TILE::kRows, arguments.N, TILE::kFeatures);
-  config.blockDim = dim3(kLanes * TILE::kWarps);
+  config.blockDim = dim3(TILE::kThreads);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   // The kernel waits for the one before it by itself: starting it is hidden behind that one's end.
@@ -142,7 +142,8 @@ void launch_typed(const Operands& o) {
 bool suits_mma(const Operands& o) {
   const int64_t N = o.deltas.size(0), K = o.deltas.size(1), D = o.deltas.size(2);
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  const bool is_small = D <= kMax / MmaMany::kRows && D * K <= kMax / 8 && N * K <= kMax && o.coefficients.numel() <= kMax;
+  const bool is_small =
+      D <= kMax / MmaMany::kRows && D * K <= kMax / 8 && N * K <= kMax && o.coefficients.numel() <= kMax;
   return D % kChunk == 0 && D > 0 && K > 0 && N >= MmaMany::kFeatures && is_small &&
          is_aligned(o.deltas.const_data_ptr()) && (!o.base.has_value() || is_aligned(o.base->const_data_ptr()));
 }
@@ -153,14 +154,15 @@ void launch_one_dtype(Operands& o) {
   if (!is_aligned(o.x.const_data_ptr())) o.x = torch::stable::clone(o.x);
   const auto a = read_arguments<T, T>(o);
   const int device = o.x.get_device_index();
+  const bool is_wide = a.N >= kWide, is_very_wide = a.N >= 2 * kWide;
   // Every choice gives the same bits.
-  if (a.M <= MmaFew::kRows) return launch_mma<MmaFew>(a, device, o.stream);
-  // Twice the features halve the reads of x, from L2, and leave half the blocks: not for narrow layers.
-  if (a.M <= MmaSome::kRows && a.N < kWide) return launch_mma<MmaSome>(a, device, o.stream);
-  if (a.M <= MmaSome::kRows) return launch_mma<MmaSomeWide>(a, device, o.stream);
-  if (a.M <= MmaMore::kRows && a.N >= 2 * kWide) return launch_mma<MmaMoreWide>(a, device, o.stream);
-  if (a.M <= MmaMore::kRows) return launch_mma<MmaMore>(a, device, o.stream);
-  launch_mma<MmaMany>(a, device, o.stream);
+  if (a.M <= 8) return launch_mma<MmaFew, MmaFewSmall>(a, device, o.stream);
+  if (a.M <= 16 && is_wide) return launch_mma<MmaSomeWide, MmaFewSmall>(a, device, o.stream);
+  if (a.M <= 16) return launch_mma<MmaSome, MmaFewSmall>(a, device, o.stream);
+  if (a.M <= 32 && is_very_wide) return launch_mma<MmaMoreWide, MmaMore, MmaFewSmall>(a, device, o.stream);
+  if (a.M <= 32) return launch_mma<MmaMore, MmaFewSmall>(a, device, o.stream);
+  if (is_very_wide) return launch_mma<MmaManyWide, MmaMany, MmaManySmall, MmaFewSmall>(a, device, o.stream);
+  launch_mma<MmaMany, MmaManySmall, MmaFewSmall>(a, device, o.stream);
 }
 
 template <typename X>

@@ -27,17 +27,19 @@ namespace clp {
 
 // ROWS rows (8, or a multiple of 16) and TILES groups of 8 features a block, CHUNK elements of D a warp takes at a time,
 // DEPTH shares of a chunk in flight a warp. RUNS parts of D a warp takes in turn. CLUSTER blocks, each with WARPS parts (1
-// before sm_90). BLOCKS: blocks on a multiprocessor that the registers shall allow.
+// before sm_90). MEMBERS: in the place of each warp so many, which share its weights and divide its rows. BLOCKS: blocks
+// on a multiprocessor that the registers shall allow.
 template <int ROWS, int TILES, int DEPTH, int WARPS, int CHUNK, int BLOCKS, int RUNS = 1,
-          int CLUSTER = 1>
+          int CLUSTER = 1, int MEMBERS = 1>
 struct MmaTile {
   static constexpr int kRows = ROWS, kTiles = TILES, kDepth = DEPTH, kChunk = CHUNK, kBlocks = BLOCKS;
   static constexpr int kWarps = WARPS, kRuns = RUNS, kCluster = CLUSTER;
+  static constexpr int kMembers = MEMBERS, kThreads = 32 * WARPS * MEMBERS;
   static constexpr int kParts = WARPS * RUNS * CLUSTER;  // of D, each with a total of its own
   static constexpr int kFeatures = 8 * TILES, kResults = ROWS * kFeatures;
   static constexpr int kStride = kParts * CHUNK;  // from a part's chunk to its next
   static constexpr int kRunStride = WARPS * CLUSTER * CHUNK;  // from a warp's part to its next
-  static constexpr int kRowGroups = ROWS / 8;
+  static constexpr int kMemberRows = ROWS / MEMBERS, kRowGroups = kMemberRows / 8;
   static constexpr int kRowTiles = (kRowGroups + 1) / 2;
   static constexpr int kVectors = CHUNK / 32;          // of 16 bytes: a lane's part of a chunk of one row or feature
   static constexpr int kSlot = TILES * kVectors * 32;  // of 16 bytes: a warp's share of one stream in a chunk
@@ -46,17 +48,18 @@ struct MmaTile {
   // A few rows of x come through a ring of their own, as far ahead as the weights: a load into registers would wait behind
   // every copy in flight, once a chunk. Many rows would leave the weights no room; they are read into registers, the next
   // chunk's ahead if those suffice.
-  static constexpr bool kRowsInRing = ROWS <= 16 || WARPS == 4, kReadsAhead = ROWS == 32 && !kRowsInRing;
+  static constexpr bool kRowsInRing = kMemberRows <= 16 || WARPS == 4, kReadsAhead = ROWS == 32 && !kRowsInRing;
   static constexpr int kRowSlot = kRowsInRing ? kRowGroups * kVectors * 32 : 0;
   static_assert(ROWS == 8 || ROWS % 16 == 0, "whole left operands, or half of one");
   static_assert(CHUNK % 32 == 0, "16 bytes a lane");
   static_assert(RUNS > 1 || kResults * 4 <= kRing * 16, "a warp's totals take the place of its ring");
+  static_assert(RUNS > 1 || MEMBERS == 1, "a ring that two warps share is not free when one of them has read it");
   static_assert(RUNS == 1 || CLUSTER == 1, "totals behind the rings are read by their own block");
 
   // Chunks of x in flight beside kDepth shares of `streams` streams each.
   CLP_HOST_DEVICE static int row_slots(int streams) { return DEPTH / streams + 1; }
   // A warp's part of shared memory, of 16 bytes each.
-  CLP_HOST_DEVICE static int warp_words(int streams) { return kRing + row_slots(streams) * kRowSlot; }
+  CLP_HOST_DEVICE static int warp_words(int streams) { return kRing + MEMBERS * row_slots(streams) * kRowSlot; }
   CLP_HOST_DEVICE static int shared_bytes(int streams) {
     return WARPS * warp_words(streams) * 16 + (RUNS > 1 ? kParts * kResults * 4 : 0);
   }
@@ -67,15 +70,17 @@ struct MmaTile {
   }
 };
 
-// The launcher's choices.
+// The launcher's choices for 8, 16, 32 and 64 rows; wide ones read x half as often, from L2, and have half the blocks.
 using MmaFew = MmaTile<8, 1, 4, 8, 128, 2>;
 using MmaSome = MmaTile<16, 1, 3, 8, 128, 1>;
 using MmaSomeWide = MmaTile<16, 2, 3, 4, 128, 2, 2>;
 using MmaMore = MmaTile<32, 2, 3, 8, 128, 1>;
 using MmaMoreWide = MmaTile<32, 4, 3, 4, 128, 1, 2>;
-using MmaMany = MmaTile<64, 2, 3, 8, 128, 1>;
-// In the place of each on devices whose blocks have too little shared memory for it.
-using MmaShallow = MmaTile<8, 1, 2, 8, 128, 2>;
+using MmaMany = MmaTile<64, 2, 3, 4, 128, 1, 2, 1, 2>;
+using MmaManyWide = MmaTile<64, 4, 2, 4, 128, 1, 2, 1, 2>;
+// Where a block's shared memory is too little for these.
+using MmaManySmall = MmaTile<64, 2, 3, 8, 128, 1>;
+using MmaFewSmall = MmaTile<8, 1, 2, 8, 128, 2>;
 
 using Words = Vector<uint32_t>;  // 8 elements of 16 bits
 
@@ -120,7 +125,9 @@ CLP_HOST_DEVICE void advance(Share& share, const Walk& walk) {
 
 template <typename T, class TILE>
 struct Lane {
-  int index;                                    // in the warp
+  int index;                                    // in its warp
+  int member;                                   // of the warps that share their weights: which
+  int row_ring;                                 // where its warp's ring of x starts, in bytes
   int first;                                    // of the 32 elements of two steps: this lane's
   int row;                                      // of x: the first of those that this lane supplies
   const T* x;                                   // at this lane's first element of its first row
@@ -147,10 +154,12 @@ CLP_HOST_DEVICE int find_row(const Lane<T, TILE>& lane, const DecodeArguments<T,
 template <typename T, class TILE>
 CLP_HOST_DEVICE void start_lane(Lane<T, TILE>& lane, const DecodeArguments<T, T>& a, int index, int warp, int first_row,
                                 int first_feature) {
-  const int64_t feature = first_feature + index / 4, D = a.D, K = a.K;
-  lane.index = index;
+  const int64_t feature = first_feature + index % 32 / 4, D = a.D, K = a.K;
+  lane.index = index % 32;
+  lane.member = index / 32;
+  lane.row_ring = 16 * (TILE::kRing + lane.member * TILE::row_slots(int(a.K) + (a.base != nullptr)) * TILE::kRowSlot);
   lane.first = index % 4 * 8;
-  lane.row = first_row + index / 4;
+  lane.row = first_row + lane.member * TILE::kMemberRows + lane.index / 4;
   const int first = find_row(lane, a, 0);
   lane.x = a.x + (first * D + lane.first);
 #pragma unroll
@@ -202,7 +211,7 @@ CLP_HOST_DEVICE void start_copies(MACHINE& machine, Lane<T, TILE>& lane, const D
       const T* source = lane.x + (lane.row_offsets[i] + share.d);
 #pragma unroll
       for (int v = 0; v < TILE::kVectors; ++v)
-        machine.copy_row(lane.index, 16 * (TILE::kRing + (i * TILE::kVectors + v) * 32) + share.row_slot, source + 32 * v,
+        machine.copy_row(lane.index, lane.row_ring + 16 * (i * TILE::kVectors + v) * 32 + share.row_slot, source + 32 * v,
                          d + 32 * v < D);
     }
   const int64_t stride = share.stream == 0 ? lane.base_stride : lane.deltas_stride;
@@ -210,8 +219,10 @@ CLP_HOST_DEVICE void start_copies(MACHINE& machine, Lane<T, TILE>& lane, const D
   for (int f = 0; f < TILE::kTiles; ++f) {
     const T* source = lane.source + f * stride;
 #pragma unroll
-    for (int v = 0; v < TILE::kVectors; ++v)
+    for (int u = 0; u < TILE::kVectors; u += TILE::kMembers) {
+      const int v = u + lane.member;  // of the vectors, each member brings its share
       machine.copy(lane.index, 16 * (f * TILE::kVectors + v) * 32 + share.slot, source + 32 * v, d + 32 * v < D);
+    }
   }
   if (share.stream == walk.streams - 1)
     lane.source += lane.last_step + (find_next_chunk<TILE>(walk, share.d) - share.d);
@@ -250,7 +261,7 @@ CLP_HOST_DEVICE void take_rows(const MACHINE& machine, Lane<T, TILE>& lane, cons
       if constexpr (TILE::kRowsInRing) {
 #pragma unroll
         for (int v = 0; v < TILE::kVectors; ++v)
-          row[v] = machine.read(lane.index, 16 * (TILE::kRing + (i * TILE::kVectors + v) * 32) + share.row_slot);
+          row[v] = machine.read(lane.index, lane.row_ring + 16 * (i * TILE::kVectors + v) * 32 + share.row_slot);
       } else if constexpr (TILE::kReadsAhead) {
 #pragma unroll
         for (int v = 0; v < TILE::kVectors; ++v) row[v] = lane.next_rows[i][v];
@@ -312,7 +323,7 @@ CLP_HOST_DEVICE int find_first_feature(const DecodeArguments<T, T>& a, int block
 // A part's totals [kRows, kFeatures].
 template <typename T, class TILE>
 CLP_HOST_DEVICE void store_totals(const Lane<T, TILE>& lane, float* totals) {
-  float* out = totals + lane.index / 4 * TILE::kFeatures + lane.index % 4 * 2;
+  float* out = totals + (lane.member * TILE::kMemberRows + lane.index / 4) * TILE::kFeatures + lane.index % 4 * 2;
 #pragma unroll
   for (int i = 0; i < TILE::kRowTiles; ++i)
 #pragma unroll
@@ -364,6 +375,7 @@ CLP_HOST_DEVICE void run_warp(MACHINE& machine, const DecodeArguments<T, T>& a, 
 #pragma unroll 1
   for (int i = 0; i < walk.shares; ++i) {
     machine.template wait<TILE::kDepth - 1>();
+    machine.template meet<TILE>();
     if (i + TILE::kDepth < walk.shares)
       for (auto& lane : lanes) start_copies(machine, lane, a, walk, ahead);
     machine.commit();

@@ -10,15 +10,16 @@ template <typename T>
 struct DeviceWarp {
   static constexpr int kLanes = 1;
   uint64_t policy;
+  int members;    // threads that share the ring
   uint32_t ring;  // this lane's first 16 bytes of it
 
   // Weights are read once per call: evict-first keeps x and the coefficients in L2.
-  __device__ __forceinline__ explicit DeviceWarp(const Words* warp_ring)
-      : ring(static_cast<uint32_t>(__cvta_generic_to_shared(warp_ring)) + threadIdx.x % 32 * 16) {
+  __device__ __forceinline__ DeviceWarp(const Words* warp_ring, int threads)
+      : members(threads), ring(static_cast<uint32_t>(__cvta_generic_to_shared(warp_ring)) + threadIdx.x % 32 * 16) {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     asm volatile("" : "+r"(ring));  // computed once, not in every step of the loop
   }
-  __device__ __forceinline__ int first_lane() const { return threadIdx.x % 32; }
+  __device__ __forceinline__ int first_lane() const { return threadIdx.x % members; }
   __device__ __forceinline__ void copy(int, int offset, const T* source, bool inside) const {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(ring + offset),
                  "l"(source), "r"(inside ? 16 : 0), "l"(policy)
@@ -39,6 +40,13 @@ struct DeviceWarp {
     return words;
   }
   __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  // The warps that share their weights: what each has waited for is there for all, and the slot before is free.
+  template <class TILE>
+  __device__ __forceinline__ void meet() const {
+    if constexpr (TILE::kMembers > 1)
+      asm volatile("bar.sync %0, %1;" ::"r"(int(1 + threadIdx.x / (32 * TILE::kMembers))), "n"(32 * TILE::kMembers)
+                   : "memory");
+  }
   __device__ __forceinline__ void join() const { __syncwarp(); }
   template <int PENDING>
   __device__ __forceinline__ void wait() const {
@@ -79,14 +87,14 @@ __device__ __forceinline__ float read_in_cluster(const float* shared, int block)
 // Grid: (kCluster parts of D of each block of kRows rows, blocks of kFeatures features), so that the row blocks of one
 // feature run side by side and share its weights in L2. shared_bytes() of dynamic shared memory.
 template <typename T, class TILE>
-__global__ void __launch_bounds__(32 * TILE::kWarps, TILE::kBlocks)
+__global__ void __launch_bounds__(TILE::kThreads, TILE::kBlocks)
     mixed_linear_decode_mma(const DecodeArguments<T, T> a) {
   extern __shared__ Words rings[];
-  const int block = blockIdx.x % TILE::kCluster, warp = threadIdx.x / 32;
+  const int block = blockIdx.x % TILE::kCluster, warp = threadIdx.x / (32 * TILE::kMembers);
   const int first_row = blockIdx.x / TILE::kCluster * TILE::kRows;
   const int first_feature = find_first_feature<TILE>(a, blockIdx.y);
   const int streams = int(a.K) + (a.base != nullptr);
-  DeviceWarp<T> machine(rings + warp * TILE::warp_words(streams));
+  DeviceWarp<T> machine(rings + warp * TILE::warp_words(streams), 32 * TILE::kMembers);
   Lane<T, TILE> lanes[1];
 #if __CUDA_ARCH__ >= 900
   // Launched while the kernel before it still runs, of which it may read the results: nothing is read before this.
@@ -96,7 +104,7 @@ __global__ void __launch_bounds__(32 * TILE::kWarps, TILE::kBlocks)
   run_warp(machine, a, block * TILE::kWarps + warp, first_row, first_feature, shared, lanes);
   if constexpr (TILE::kCluster == 1) {
     __syncthreads();
-    store_results<TILE>(a, threadIdx.x, 32 * TILE::kWarps, first_row, first_feature,
+    store_results<TILE>(a, threadIdx.x, TILE::kThreads, first_row, first_feature,
                         [&](int part, int i) { return shared[TILE::find_total(part, streams) + i]; });
   } else {
 #if __CUDA_ARCH__ >= 900

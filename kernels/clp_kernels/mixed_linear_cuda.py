@@ -1,7 +1,10 @@
 """mixed_linear on the GPU by the compiled CUDA extension: the launchers of back-end "cuda".
 
-The CUDA kernel computes the forward only, each row with the same bits whatever the batch; both gradients run Triton's
-kernels where they are available, else the reference (which refuses batch_invariant).
+The CUDA kernels compute the forward only, each row with the same bits whatever the batch; both gradients run Triton's
+kernels where they are available, else the reference (which refuses batch_invariant). They are meant for decoding. Where
+x, base and deltas share a 16-bit dtype, D is a multiple of 8 and N at least 16, tensor cores take up to 64 rows in one
+pass over the weights; all else runs on the scalar units, 8 rows a pass. From compute capability 9.0 on, that kernel
+starts while the one before it in the stream ends (programmatic dependent launch) and waits for its results by itself.
 
 Shapes: M rows, D in, N out, K copies, S distinct weightings.
 """

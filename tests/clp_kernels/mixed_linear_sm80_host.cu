@@ -35,9 +35,9 @@ void run_scalar(int variant, const DecodeArguments<X, W>& a) {
 }
 
 // A warp whose copies land as early as they may (when they start) or as late (when they are waited for).
-template <typename T>
+template <typename T, int LANES>
 struct HostWarp {
-  static constexpr int kLanes = 32;
+  static constexpr int kLanes = LANES;
   struct Copy {
     Words* slot;
     Words value;
@@ -74,6 +74,8 @@ struct HostWarp {
     open.clear();
   }
   void join() const {}
+  template <class TILE>
+  void meet() const {}
   template <int PENDING>
   void wait() {
     for (; groups.size() > PENDING; groups.pop_front())
@@ -87,7 +89,11 @@ struct HostWarp {
   }
   // mma.m16n8k16 by its definition: which lane and register holds which element of the operands is PTX's.
   template <class TILE>
-  void multiply(Lane<T, TILE> (&lanes)[32], int i, int f, int v, int half) const {
+  void multiply(Lane<T, TILE> (&lanes)[LANES], int i, int f, int v, int half) const {
+    for (int first = 0; first < LANES; first += 32) multiply_warp(lanes + first, i, f, v, half);
+  }
+  template <class TILE>
+  void multiply_warp(Lane<T, TILE>* lanes, int i, int f, int v, int half) const {
     double left[16][16], right[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
@@ -122,8 +128,8 @@ int run_blocks(const DecodeArguments<T, T>& a, bool early) {
       std::memset(memory.data(), 0xff, memory.size() * sizeof(Words));  // NaN
       float* shared = reinterpret_cast<float*>(memory.data());
       for (int warp = 0; warp < TILE::kWarps; ++warp) {
-        HostWarp<T> machine{a, memory.data() + warp * TILE::warp_words(streams), early};
-        Lane<T, TILE> lanes[32];
+        HostWarp<T, 32 * TILE::kMembers> machine{a, memory.data() + warp * TILE::warp_words(streams), early};
+        Lane<T, TILE> lanes[32 * TILE::kMembers];
         run_warp(machine, a, warp, first_row, first_feature, shared, lanes);
         if (machine.out_of_bounds) return 1;
       }
@@ -141,7 +147,9 @@ int run_mma(int variant, const DecodeArguments<T, T>& a) {
   if (variant / 2 == 3) return run_blocks<MmaMore>(a, variant % 2);
   if (variant / 2 == 4) return run_blocks<MmaMany>(a, variant % 2);
   if (variant / 2 == 5) return run_blocks<MmaMoreWide>(a, variant % 2);
-  return run_blocks<MmaShallow>(a, variant % 2);
+  if (variant / 2 == 6) return run_blocks<MmaManyWide>(a, variant % 2);
+  if (variant / 2 == 7) return run_blocks<MmaManySmall>(a, variant % 2);
+  return run_blocks<MmaFewSmall>(a, variant % 2);
 }
 
 // Variants 0 to 3: the scalar form's. From 10 on the tensor cores', each with late copies and with early ones.

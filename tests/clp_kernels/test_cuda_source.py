@@ -32,7 +32,7 @@ DTYPE_IDS = [f"{x}-deltas-{deltas}".replace("torch.", "") for x, deltas in DTYPE
 # The launcher's choices in the scalar form: rows and features of a warp, and whether it loads 16 bytes at a time.
 VARIANTS = [(1, 1, True), (4, 1, True), (8, 2, True), (4, 1, False)]
 # On the tensor cores: rows of a block.
-MMA_ROWS = (8, 16, 16, 32, 64, 32, 8)
+MMA_ROWS = (8, 16, 16, 32, 64, 32, 64, 64, 8)
 MMA_DTYPES = [i for i, (x, deltas) in enumerate(DTYPES) if x == deltas != F32]
 
 
@@ -169,7 +169,10 @@ def test_tensor_cores_on_the_host(
 @pytest.mark.parametrize(("x", "deltas"), DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
     ("M", "D", "N", "K"),
-    [(1, 264, 7, 2), (5, 33, 3, 1), (18, 576, 129, 5), (40, 64, 65, 2), (9, 4096, 256, 4), (130, 1160, 50, 3)],
+    [
+        *((1, 264, 7, 2), (5, 33, 3, 1), (18, 576, 129, 5), (40, 64, 65, 2), (9, 4096, 256, 4), (130, 1160, 50, 3)),
+        *((12, 1160, 2050, 2), (24, 2056, 4100, 2), (50, 2056, 4100, 3), (70, 264, 4100, 1)),
+    ],
 )
 def test_values_on_a_gpu(M: int, D: int, N: int, K: int, x: torch.dtype, deltas: torch.dtype) -> None:
     inputs = {name: tensor.cuda() for name, tensor in make_inputs(M, D, N, K, x, deltas).items()}
