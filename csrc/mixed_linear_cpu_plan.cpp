@@ -13,7 +13,8 @@ constexpr double kPackPanel = 6.0;
 constexpr double kOwnRow = 1.1;
 constexpr int64_t kSpreadRows = 8;
 
-// By AMX on one Xeon core, 0.10 to 0.15: 1.1 ms for 2048 rows through 576 x 576, torch's float32 product 8 to 9.
+// By AMX on one Xeon core, 0.10 to 0.15: 1.1 ms for 2048 rows through 576 x 576, the mix and torch's float32 product 9
+// to 10.
 constexpr double kTileRow = 0.125;
 
 // Rows up to which streams that are no bfloat16 are read at least as fast without tiles (K = 2 to 4, 576 to 2048).
