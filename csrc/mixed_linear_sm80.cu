@@ -27,7 +27,6 @@
 
 #include "mixed_linear_sm80.cuh"
 #include "mixed_linear_sm80_mma.cuh"
-#include "mixed_linear_sm80_mma_kernel.cuh"
 
 namespace clp {
 namespace {
@@ -36,7 +35,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMaxGridY = 65535;
-constexpr int64_t kWide = 2048;  // outputs: from here on 16 a block are enough blocks, from twice on 32
 
 struct Operands {
   Tensor x, deltas, coefficients, row_map, y;
@@ -69,47 +67,21 @@ void launch(const DecodeArguments<X, W>& arguments, cudaStream_t stream) {
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// What a kernel may have on a device: 0 while it has not been asked for.
-struct Limits {
-  int shared_bytes, major;
-};
-
 template <class TILE, typename T>
-Limits prepare_mma(int device) {
+void launch_mma(const DecodeArguments<T, T>& arguments, int device, cudaStream_t stream) {
+  const dim3 grid = find_grid(arguments.M, TILE::kRows, arguments.N, TILE::kFeatures);
   // Once for each kernel and device; no stream operation, so that it may happen under a graph's capture.
   constexpr int kDevices = 64;
-  static std::atomic<Limits> known[kDevices];
-  if (device < kDevices && known[device].load().shared_bytes > 0) return known[device].load();
-  Limits limits{};
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device));
-  const auto kernel = mixed_linear_decode_mma<T, TILE>;
-  STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_bytes));
-  STD_CUDA_CHECK(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-  if (device < kDevices) known[device].store(limits);
-  return limits;
-}
-
-// By the first of the tiles that fits the device; the last one fits all.
-template <class TILE, class... OTHERS, typename T>
-void launch_mma(const DecodeArguments<T, T>& arguments, int device, cudaStream_t stream) {
-  const Limits limits = prepare_mma<TILE, T>(device);
-  const int bytes = TILE::shared_bytes(int(arguments.K) + (arguments.base != nullptr));
-  if constexpr (sizeof...(OTHERS) > 0)
-    if (bytes > limits.shared_bytes) return launch_mma<OTHERS...>(arguments, device, stream);
-  cudaLaunchConfig_t config{};
-  config.gridDim = find_grid(arguments.M, TILE::kRows, arguments.N, TILE::kFeatures);
-  config.blockDim = dim3(TILE::kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  // The kernel waits for the one before it by itself: starting it is hidden behind that one's end.
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = limits.major >= 9 ? 1 : 0;
-  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, mixed_linear_decode_mma<T, TILE>, arguments));
+  static std::atomic<bool> is_set[kDevices];
+  if (device >= kDevices || !is_set[device].load()) {
+    const auto kernel = mixed_linear_decode_mma<T, TILE>;
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, TILE::kSharedBytes));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                        cudaSharedmemCarveoutMaxShared));
+    if (device < kDevices) is_set[device].store(true);
+  }
+  mixed_linear_decode_mma<T, TILE><<<grid, kLanes * TILE::kWarps, TILE::kSharedBytes, stream>>>(arguments);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -142,9 +114,7 @@ void launch_typed(const Operands& o) {
 bool suits_mma(const Operands& o) {
   const int64_t N = o.deltas.size(0), K = o.deltas.size(1), D = o.deltas.size(2);
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
-  const bool is_small =
-      D <= kMax / MmaMany::kRows && D * K <= kMax / 8 && N * K <= kMax && o.coefficients.numel() <= kMax;
-  return D % kChunk == 0 && D > 0 && K > 0 && N >= MmaMany::kFeatures && is_small &&
+  return D % kChunk == 0 && D > 0 && K > 0 && N >= MmaMany::kFeatures && D * K <= kMax / 8 && N * K <= kMax &&
          is_aligned(o.deltas.const_data_ptr()) && (!o.base.has_value() || is_aligned(o.base->const_data_ptr()));
 }
 
@@ -154,15 +124,11 @@ void launch_one_dtype(Operands& o) {
   if (!is_aligned(o.x.const_data_ptr())) o.x = torch::stable::clone(o.x);
   const auto a = read_arguments<T, T>(o);
   const int device = o.x.get_device_index();
-  const bool is_wide = a.N >= kWide, is_very_wide = a.N >= 2 * kWide;
   // Every choice gives the same bits.
-  if (a.M <= 8) return launch_mma<MmaFew, MmaFewSmall>(a, device, o.stream);
-  if (a.M <= 16 && is_wide) return launch_mma<MmaSomeWide, MmaFewSmall>(a, device, o.stream);
-  if (a.M <= 16) return launch_mma<MmaSome, MmaFewSmall>(a, device, o.stream);
-  if (a.M <= 32 && is_very_wide) return launch_mma<MmaMoreWide, MmaMore, MmaFewSmall>(a, device, o.stream);
-  if (a.M <= 32) return launch_mma<MmaMore, MmaFewSmall>(a, device, o.stream);
-  if (is_very_wide) return launch_mma<MmaManyWide, MmaMany, MmaManySmall, MmaFewSmall>(a, device, o.stream);
-  launch_mma<MmaMany, MmaManySmall, MmaFewSmall>(a, device, o.stream);
+  if (a.M <= MmaFew::kRows) return launch_mma<MmaFew>(a, device, o.stream);
+  if (a.M <= MmaSome::kRows) return launch_mma<MmaSome>(a, device, o.stream);
+  if (a.M <= MmaMore::kRows) return launch_mma<MmaMore>(a, device, o.stream);
+  launch_mma<MmaMany>(a, device, o.stream);
 }
 
 template <typename X>

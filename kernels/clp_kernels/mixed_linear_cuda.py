@@ -1,10 +1,6 @@
 """mixed_linear on the GPU by the compiled CUDA extension: the launchers of back-end "cuda".
 
 Few rows, and all rows of a batch_invariant call: the decode kernel, each row with the same bits whatever the batch.
-Where x, base and deltas share a 16-bit dtype, D is a multiple of 8 and N at least 16, tensor cores take up to 64 rows
-in one pass over the weights; all else runs on the scalar units, 8 rows a pass. From compute capability 9.0 on it starts
-while the kernel before it in the stream ends (programmatic dependent launch) and waits for its results by itself.
-
 Many bfloat16 rows per weighting on a Hopper GPU: the segments kernels, forward and both gradients. The rest runs
 Triton's kernels where they are available, else the decode kernel forward and the reference (which refuses
 batch_invariant) backward.

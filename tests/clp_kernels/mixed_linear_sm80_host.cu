@@ -35,36 +35,29 @@ void run_scalar(int variant, const DecodeArguments<X, W>& a) {
 }
 
 // A warp whose copies land as early as they may (when they start) or as late (when they are waited for).
-template <typename T, int LANES>
+template <typename T>
 struct HostWarp {
-  static constexpr int kLanes = LANES;
+  static constexpr int kLanes = 32;
   struct Copy {
     Words* slot;
     Words value;
   };
   const DecodeArguments<T, T>& a;
-  Words* ring;
   bool early;
   bool out_of_bounds = false;
   std::vector<Copy> open;
   std::deque<std::vector<Copy>> groups;
 
   int first_lane() const { return 0; }
-  void copy(int lane, int offset, const T* source, bool inside) {
+  void copy(Words* slot, const T* source) { copy_or_clear(slot, source, true); }
+  void copy_or_clear(Words* slot, const T* source, bool inside) {
     const bool in_base = a.base != nullptr && source >= a.base && source + 8 <= a.base + a.N * a.D;
     const bool in_deltas = source >= a.deltas && source + 8 <= a.deltas + a.N * a.K * a.D;
-    put(ring + offset / 16 + lane, source, inside, in_base || in_deltas);
-  }
-  void copy_row(int lane, int offset, const T* source, bool inside) {
-    put(ring + offset / 16 + lane, source, inside, source >= a.x && source + 8 <= a.x + a.M * a.D);
-  }
-  Words read(int lane, int offset) const { return ring[offset / 16 + lane]; }
-  void put(Words* slot, const T* source, bool inside, bool in_bounds) {
-    Copy next{slot, {}};
-    if (inside && !in_bounds) {
+    if (!in_base && !in_deltas) {
       out_of_bounds = true;
       return;
     }
+    Copy next{slot, {}};
     if (inside) std::memcpy(&next.value, source, sizeof(Words));
     if (early) *slot = next.value;
     open.push_back(next);
@@ -73,9 +66,6 @@ struct HostWarp {
     groups.push_back(std::move(open));
     open.clear();
   }
-  void join() const {}
-  template <class TILE>
-  void meet() const {}
   template <int PENDING>
   void wait() {
     for (; groups.size() > PENDING; groups.pop_front())
@@ -89,17 +79,13 @@ struct HostWarp {
   }
   // mma.m16n8k16 by its definition: which lane and register holds which element of the operands is PTX's.
   template <class TILE>
-  void multiply(Lane<T, TILE> (&lanes)[LANES], int i, int f, int v, int half) const {
-    for (int first = 0; first < LANES; first += 32) multiply_warp(lanes + first, i, f, v, half);
-  }
-  template <class TILE>
-  void multiply_warp(Lane<T, TILE>* lanes, int i, int f, int v, int half) const {
+  void multiply(Lane<T, TILE> (&lanes)[32], int i, int f, int v, int half) const {
     double left[16][16], right[16][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int g = lane / 4, t = lane % 4;
-      const uint32_t(&a_words)[4] = lanes[lane].left[i][v][half];
-      uint32_t b_words[2];
-      right_operand(lanes[lane], f, half, b_words);
+      uint32_t a_words[4], b_words[2];
+      left_operand(lanes[lane], i, v, half, a_words);
+      right_operand(lanes[lane], f, v, half, b_words);
       for (int j = 0; j < 2; ++j)
         for (int part = 0; part < 2; ++part) {
           left[g][2 * t + 8 * part + j] = element(a_words[2 * part], j);
@@ -120,21 +106,21 @@ struct HostWarp {
 template <class TILE, typename T>
 int run_blocks(const DecodeArguments<T, T>& a, bool early) {
   const int blocks = (int(a.N) + TILE::kFeatures - 1) / TILE::kFeatures;
-  const int streams = int(a.K) + (a.base != nullptr);
   for (int first_row = 0; first_row < a.M; first_row += TILE::kRows)
     for (int block = 0; block < blocks; ++block) {
       const int first_feature = find_first_feature<TILE>(a, block);
-      std::vector<Words> memory(TILE::shared_bytes(streams) / sizeof(Words));
-      std::memset(memory.data(), 0xff, memory.size() * sizeof(Words));  // NaN
-      float* shared = reinterpret_cast<float*>(memory.data());
+      std::vector<Words> rings(TILE::kSharedBytes / sizeof(Words));
+      std::memset(rings.data(), 0xff, TILE::kSharedBytes);  // NaN
       for (int warp = 0; warp < TILE::kWarps; ++warp) {
-        HostWarp<T, 32 * TILE::kMembers> machine{a, memory.data() + warp * TILE::warp_words(streams), early};
-        Lane<T, TILE> lanes[32 * TILE::kMembers];
-        run_warp(machine, a, warp, first_row, first_feature, shared, lanes);
+        HostWarp<T> machine{a, early};
+        Lane<T, TILE> lanes[32];
+        Words* ring = rings.data() + warp * TILE::kRing;
+        run_warp(machine, a, warp, first_row, first_feature, ring, lanes);
         if (machine.out_of_bounds) return 1;
+        for (const auto& lane : lanes) store_totals(lane, ring);
       }
-      store_results<TILE>(a, 0, 1, first_row, first_feature,
-                          [&](int part, int i) { return shared[TILE::find_total(part, streams) + i]; });
+      for (int thread = 0; thread < 32 * TILE::kWarps; ++thread)
+        store_results<T, TILE>(a, thread, first_row, first_feature, rings.data());
     }
   return 0;
 }
@@ -143,13 +129,8 @@ template <typename T>
 int run_mma(int variant, const DecodeArguments<T, T>& a) {
   if (variant / 2 == 0) return run_blocks<MmaFew>(a, variant % 2);
   if (variant / 2 == 1) return run_blocks<MmaSome>(a, variant % 2);
-  if (variant / 2 == 2) return run_blocks<MmaSomeWide>(a, variant % 2);
-  if (variant / 2 == 3) return run_blocks<MmaMore>(a, variant % 2);
-  if (variant / 2 == 4) return run_blocks<MmaMany>(a, variant % 2);
-  if (variant / 2 == 5) return run_blocks<MmaMoreWide>(a, variant % 2);
-  if (variant / 2 == 6) return run_blocks<MmaManyWide>(a, variant % 2);
-  if (variant / 2 == 7) return run_blocks<MmaManySmall>(a, variant % 2);
-  return run_blocks<MmaFewSmall>(a, variant % 2);
+  if (variant / 2 == 2) return run_blocks<MmaMore>(a, variant % 2);
+  return run_blocks<MmaMany>(a, variant % 2);
 }
 
 // Variants 0 to 3: the scalar form's. From 10 on the tensor cores', each with late copies and with early ones.

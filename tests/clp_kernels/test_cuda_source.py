@@ -32,7 +32,7 @@ DTYPE_IDS = [f"{x}-deltas-{deltas}".replace("torch.", "") for x, deltas in DTYPE
 # The launcher's choices in the scalar form: rows and features of a warp, and whether it loads 16 bytes at a time.
 VARIANTS = [(1, 1, True), (4, 1, True), (8, 2, True), (4, 1, False)]
 # On the tensor cores: rows of a block.
-MMA_ROWS = (8, 16, 16, 32, 64, 32, 64, 64, 8)
+MMA_ROWS = (8, 16, 32, 64)
 MMA_DTYPES = [i for i, (x, deltas) in enumerate(DTYPES) if x == deltas != F32]
 
 
@@ -72,11 +72,6 @@ def check_instructions(compiled: Path, kernels: int) -> None:
         assert all(copy.startswith("LDGSTS.E.BYPASS") and ".128" in copy.replace("LTC128B", "") for copy in copies)
         assert re.search(r"HMMA\.16816\.F32", text)
         assert not re.search(r"\b(LDL|STL)\b", text)
-    # Launched beside the end of the kernel before it, which may write what this one reads.
-    waiting = [text for text in functions if "ACQBULK" in text]
-    assert len(waiting) == kernels // 2, "each of sm_90's"
-    for text in waiting:
-        assert not re.search(r"\b(LDG|LDGSTS|LD|STG|ST)\b", text[: text.index("ACQBULK")])
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +147,7 @@ def test_arithmetic_on_the_host(host_library: ctypes.CDLL, M: int, D: int, N: in
 @needs_nvcc
 @pytest.mark.parametrize("dtypes", MMA_DTYPES, ids=[DTYPE_IDS[i] for i in MMA_DTYPES])
 @pytest.mark.parametrize("with_base", [True, False], ids=["base", "no-base"])
-@pytest.mark.parametrize(("M", "D", "N", "K"), [(1, 8, 32, 1), (9, 264, 33, 2), (33, 1160, 50, 3), (70, 576, 48, 16)])
+@pytest.mark.parametrize(("M", "D", "N", "K"), [(1, 8, 16, 1), (9, 264, 17, 2), (33, 1160, 30, 3), (70, 576, 48, 16)])
 def test_tensor_cores_on_the_host(
     host_library: ctypes.CDLL, M: int, D: int, N: int, K: int, with_base: bool, dtypes: int
 ) -> None:
@@ -169,10 +164,7 @@ def test_tensor_cores_on_the_host(
 @pytest.mark.parametrize(("x", "deltas"), DTYPES, ids=DTYPE_IDS)
 @pytest.mark.parametrize(
     ("M", "D", "N", "K"),
-    [
-        *((1, 264, 7, 2), (5, 33, 3, 1), (18, 576, 129, 5), (40, 64, 65, 2), (9, 4096, 256, 4), (130, 1160, 50, 3)),
-        *((12, 1160, 2050, 2), (24, 2056, 4100, 2), (50, 2056, 4100, 3), (70, 264, 4100, 1)),
-    ],
+    [(1, 264, 7, 2), (5, 33, 3, 1), (18, 576, 129, 5), (40, 64, 65, 2), (9, 4096, 256, 4), (130, 1160, 50, 3)],
 )
 def test_values_on_a_gpu(M: int, D: int, N: int, K: int, x: torch.dtype, deltas: torch.dtype) -> None:
     inputs = {name: tensor.cuda() for name, tensor in make_inputs(M, D, N, K, x, deltas).items()}
