@@ -1,7 +1,7 @@
-// Launchers of the Hopper kernels of mixed_linear (compute capability 9.0 alone), on the libtorch stable ABI.
+// Launcher of the Hopper kernel of mixed_linear (compute capability 9.0 alone), on the libtorch stable ABI.
 //
 // bfloat16 rows, a bfloat16 base or none, deltas of bfloat16 or float32, up to kMaxCopies of them. What they do not take
-// is refused; clp_kernels/mixed_linear_cuda.py asks before. Their schemas are in registration.cpp.
+// is refused; clp_kernels/mixed_linear_cuda.py asks before. Its schema is in registration.cpp.
 #ifndef USE_CUDA
 #define USE_CUDA  // declares the CUDA entries of the stable shim, which the CPU build's headers hide
 #endif
@@ -23,7 +23,6 @@
 #include <optional>
 
 #include "mixed_linear_sm90.cuh"
-#include "mixed_linear_sm90_gradient.cuh"
 
 namespace clp::sm90 {
 namespace {
@@ -214,53 +213,9 @@ Tensor mixed_linear_sm90_product(Tensor a, std::optional<Tensor> base, Tensor de
   return out;
 }
 
-template <typename W, bool ADDS>
-void launch_gradient(const CUtensorMap& dy, const CUtensorMap& x, const GradientArguments& arguments, const Tensor& out) {
-  constexpr auto kKernel = mixed_linear_segments_gradient<Row, W, ADDS>;
-  allow_shared_memory<kKernel, sizeof(GradientShared)>(out.get_device_index());
-  const dim3 grid(count_blocks(arguments.N, kGradientTile), count_blocks(arguments.D, kGradientTile),
-                  (arguments.K + 1) / 2);
-  kKernel<<<grid, kGradientThreads, sizeof(GradientShared), current_stream(out)>>>(dy, x, arguments);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
-// The op clp::mixed_linear_sm90_gradient: stores the gradient of the deltas in d_deltas, or adds it.
-void mixed_linear_sm90_gradient(Tensor dy, Tensor x, Tensor coefficients, Tensor row_map, Tensor d_deltas, bool adds) {
-  check_rows("dy", dy);
-  check_rows("x", x);
-  check_weight("the gradient of the deltas", d_deltas, x, true);
-  STD_TORCH_CHECK(d_deltas.dim() == 3 && d_deltas.is_contiguous() && d_deltas.size(0) == dy.size(1) &&
-                      d_deltas.size(2) == x.size(1) && dy.size(0) == x.size(0),
-                  "mixed_linear (cuda): the gradient of the deltas must be a contiguous [", dy.size(1), ", K, ", x.size(1),
-                  "] for dy and x of as many rows");
-  check_weightings(coefficients, row_map, x.size(0), d_deltas.size(1));
-  if (d_deltas.numel() == 0) return;
-  STD_TORCH_CHECK((x.size(1) + kGradientTile - 1) / kGradientTile < kMaxGridY && d_deltas.size(1) < kMaxGridY,
-                  "mixed_linear (cuda): ", x.size(1), " inputs exceed the grid: use backend='triton'");
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const GradientArguments arguments{static_cast<const float*>(coefficients.const_data_ptr()),
-                                    static_cast<const int32_t*>(row_map.const_data_ptr()),
-                                    d_deltas.mutable_data_ptr(),
-                                    static_cast<int>(x.size(0)),
-                                    static_cast<int>(dy.size(1)),
-                                    static_cast<int>(x.size(1)),
-                                    static_cast<int>(d_deltas.size(1)),
-                                    static_cast<int>(coefficients.stride(0)),
-                                    static_cast<int>(coefficients.stride(1)),
-                                    static_cast<int>(row_map.stride(0))};
-  const CUtensorMap dy_map = describe_tensor("dy", dy, {1, 0}, {64, kGradientStep});
-  const CUtensorMap x_map = describe_tensor("x", x, {1, 0}, {64, kGradientStep});
-  const bool is_float = d_deltas.scalar_type() == ScalarType::Float;
-  if (is_float && adds) return launch_gradient<float, true>(dy_map, x_map, arguments, d_deltas);
-  if (is_float) return launch_gradient<float, false>(dy_map, x_map, arguments, d_deltas);
-  if (adds) return launch_gradient<Row, true>(dy_map, x_map, arguments, d_deltas);
-  launch_gradient<Row, false>(dy_map, x_map, arguments, d_deltas);
-}
-
 }  // namespace
 }  // namespace clp::sm90
 
 STABLE_TORCH_LIBRARY_IMPL(clp, CUDA, library) {
   library.impl("mixed_linear_sm90_product", TORCH_BOX(&clp::sm90::mixed_linear_sm90_product));
-  library.impl("mixed_linear_sm90_gradient", TORCH_BOX(&clp::sm90::mixed_linear_sm90_gradient));
 }

@@ -79,8 +79,6 @@ __device__ __forceinline__ void clear_other_rows(uint32_t rows, bool is_mine) {
       asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(rows + (threadIdx.x - 128) * 128 + i * 16), "r"(0)
                    : "memory");
   publish_stores();
-  // The next copy into these rows may come from another block.
-  asm volatile("fence.acq_rel.cluster;" ::: "memory");
   asm volatile("bar.sync 1, 256;" ::: "memory");
 }
 
@@ -110,7 +108,7 @@ __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds_
     }
     for (int i = 0; i < R::kReadStages; ++i) {
       init_barrier(shared_address(&read_full[i]), 1);
-      init_barrier(shared_address(&read_empty[i]), 2 * (kClusterRows + kClusterOuts - 1));
+      init_barrier(shared_address(&read_empty[i]), kConsumerWarps * (kClusterRows + kClusterOuts - 1));
     }
     publish_barriers();
   }
@@ -197,7 +195,7 @@ __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds_
       if (lane == 0)
 #pragma unroll
         for (int other = 0; other < kClusterRows; ++other)
-          arrive_at(shared_address(&mixed_empty[mixed.stage]), out_rank * kClusterRows + other);
+          arrive_at<false>(shared_address(&mixed_empty[mixed.stage]), out_rank * kClusterRows + other);
       mixed.advance();
       if (++step == steps) step = 0, weighting = next_weighting(weightings, weighting);
       return true;
@@ -211,9 +209,16 @@ __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds_
       mix.multiply_rows(sums, rows, rows + kRowsBytes + (group - 1) * (kWeightsBytes / 2));
       const bool has_next = mix_next(next);
       wait_for_products<0>();
-      // One arrival of a warpgroup: its products end together. Warp i tells block i of the cluster.
-      if (lane == 0 && (warp % kClusterRows == row_rank || warp / kClusterRows == out_rank))
-        arrive_at(shared_address(&read_empty[read.stage]), warp);
+      __syncwarp();
+      if (lane == 0)
+#pragma unroll
+        for (int other = 0; other < kClusterBlocks; ++other)
+          if (other % kClusterRows == row_rank || other / kClusterRows == out_rank) {
+            if (is_alone)
+              arrive_at<false>(shared_address(&read_empty[read.stage]), other);
+            else
+              arrive_at<true>(shared_address(&read_empty[read.stage]), other);
+          }
       read.advance();
       return has_next;
     };

@@ -41,9 +41,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clp, m) {
       "mixed_linear_sm90_product(Tensor rows, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, Tensor? bias, "
       "Tensor? bias_deltas, bool transposed, bool exact_delta) -> Tensor");
   m.def(
-      "mixed_linear_sm90_gradient(Tensor dy, Tensor x, Tensor c, Tensor row_map, Tensor(a!) d_deltas, bool adds) -> "
-      "()");
-  m.def(
       "mixed_embedding_cpu_fwd(Tensor ids, Tensor? base, Tensor deltas, Tensor c, Tensor row_map) -> Tensor");
   m.def(
       "mixed_embedding_cpu_backward(Tensor dy, Tensor ids, Tensor deltas, Tensor c, Tensor row_map, int padding_idx, "

@@ -1,7 +1,7 @@
 """mixed_linear on the GPU by the compiled CUDA extension: the launchers of back-end "cuda".
 
 Few rows, and all rows of a batch_invariant call: the decode kernel, each row with the same bits whatever the batch.
-Many bfloat16 rows per weighting on a Hopper GPU: the segments kernels, forward and both gradients. The rest runs
+Many bfloat16 rows per weighting on a Hopper GPU: the segments kernel, forward and the gradient to x. The rest runs
 Triton's kernels where they are available, else the decode kernel forward and the reference (which refuses
 batch_invariant) backward.
 
@@ -21,7 +21,7 @@ from clp_kernels.backend import missing_reason
 from clp_kernels.select import DECODE_ROWS, select_form
 
 HOPPER = (9, 0)
-SEGMENT_COPIES = 4  # the segments kernels are compiled for 1 to 4
+SEGMENT_COPIES = 4  # the segments kernel is compiled for 1 to 4
 
 
 def forward(
@@ -82,19 +82,8 @@ def backward_deltas(
     d_deltas = (dy.T @ (c (x) x)).view(N, K, D), added to `main_grad` instead of returned where that is given
     d_c[s, k] = sum of <dy_m, x_m @ deltas[:, k].T> over the rows m of weighting s
     """
-    arguments = (dy_MN, x_MD, deltas_NKD, c_SK, row_map_M)
-    how = {"batch_invariant": batch_invariant}
-    out = deltas_NKD if main_grad is None else main_grad
-    if not needs_deltas or not _runs_segments(x_MD, None, out, c_SK, False, True) or not _is_aligned(dy_MN):
-        return _other_kernels().backward_deltas(
-            *arguments, needs_deltas, needs_coefficients, main_grad=main_grad, **how
-        )
-    d_deltas = torch.empty_like(deltas_NKD, memory_format=torch.contiguous_format) if main_grad is None else main_grad
-    torch.ops.clp.mixed_linear_sm90_gradient(dy_MN, x_MD, c_SK, row_map_M, d_deltas, main_grad is not None)
-    d_c = None
-    if needs_coefficients:
-        _, d_c = _other_kernels().backward_deltas(*arguments, False, True, **how)
-    return d_deltas if main_grad is None else None, d_c
+    arguments = (dy_MN, x_MD, deltas_NKD, c_SK, row_map_M, needs_deltas, needs_coefficients)
+    return _other_kernels().backward_deltas(*arguments, main_grad=main_grad, batch_invariant=batch_invariant)
 
 
 def _other_kernels() -> ModuleType:
@@ -110,7 +99,7 @@ def _is_hopper(device: torch.device) -> bool:
 def _runs_segments(
     rows: Tensor, base: Tensor | None, deltas: Tensor, c_SK: Tensor, batch_invariant: bool, exact_delta: bool
 ) -> bool:
-    """Return whether the Hopper kernels take these: shapes, dtypes and what the tensor copy engine wants of strides."""
+    """Return whether the Hopper kernel takes these: shapes, dtypes and what the tensor copy engine wants of strides."""
     dtypes = (rows.dtype, None if base is None else base.dtype)
     return (
         select_form(rows.shape[0], len(c_SK), dtypes, batch_invariant, not exact_delta) == "segments"
