@@ -94,6 +94,7 @@ def _rate_at_least(name: str, limit: float) -> targets.Target:
 def build(case: Steering, device: str) -> tuple[dict[str, Callable[[], Tensor]], float]:
     """Contenders by name, each call generating the whole batch, and our error as a share of its budget.
 
+    Copies are of the model's dtype, as one serves them; wide keeps those of a 16-bit model in float32, as trained.
     dera mixes the logits of K separate models at every step (DeRa's way); swapped serves each row by the one of K
     separate models that its weighting is nearest to, one after the other: no weighting in between exists there.
     """
@@ -110,6 +111,8 @@ def build(case: Steering, device: str) -> tuple[dict[str, Callable[[], Tensor]],
     first = torch.linspace(0, 1, case.rows) if case.rows > 1 else torch.tensor([0.3])
     w_B2 = torch.stack([first, 1 - first], dim=1)
     ids_BT = torch.randint(1, config.vocab_size, (case.rows, case.prompt_tokens), device=device)
+    wide = copy.deepcopy(model) if plain.dtype != torch.float32 else None
+    model.to(plain.dtype)
     error_share = _check(model, plain, ids_BT, w_B2)
     corners = [model.collapse({"a": 1.0, "b": 0.0}), model.collapse({"a": 0.0, "b": 1.0})]
     folded = model.fold()
@@ -133,6 +136,8 @@ def build(case: Steering, device: str) -> tuple[dict[str, Callable[[], Tensor]],
             [generate(m, rows) for m, rows in zip(corners, nearest, strict=True) if len(rows)]
         ),
     }
+    if wide is not None:
+        contenders["wide"] = lambda: generate(wide, reward_weights=w_B2)
     return contenders, error_share
 
 
