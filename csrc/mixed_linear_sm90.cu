@@ -29,7 +29,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Row = __nv_bfloat16;
 
 constexpr int64_t kMaxCopies = 4, kMaxSize = INT32_MAX, kMaxGridY = 65535;
 
@@ -99,7 +98,7 @@ struct Product {
 
 template <typename W, int K, bool HAS_BASE, bool EXACT, bool TRANSPOSED>
 void launch_product(const Product& p) {
-  constexpr auto kKernel = mixed_linear_segments<Row, W, K, HAS_BASE, EXACT, TRANSPOSED>;
+  constexpr auto kKernel = mixed_linear_segments<W, K, HAS_BASE, EXACT, TRANSPOSED>;
   constexpr int kBytes = sizeof(Shared<Rings<W, K, HAS_BASE, EXACT>>);
   allow_shared_memory<kKernel, kBytes>(p.device);
   const dim3 grid(count_blocks(p.arguments.M, kTileRows), count_blocks(p.arguments.O, kTileOuts));

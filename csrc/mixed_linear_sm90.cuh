@@ -82,7 +82,7 @@ __device__ __forceinline__ void clear_other_rows(uint32_t rows, bool is_mine) {
   asm volatile("bar.sync 1, 256;" ::: "memory");
 }
 
-template <typename T, typename W, int K, bool HAS_BASE, bool EXACT, bool TRANSPOSED>
+template <typename W, int K, bool HAS_BASE, bool EXACT, bool TRANSPOSED>
 __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds__(kThreads, 1)
     mixed_linear_segments(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_base,
                           const __grid_constant__ CUtensorMap map_deltas, const SegmentArguments p) {
@@ -169,7 +169,7 @@ __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds_
     const int* own = weightings + row_rank * kTileRows;
     Position<R::kMixedStages> mixed;
     Position<R::kReadStages> read;
-    Mix<T, W, K, HAS_BASE, EXACT, TRANSPOSED> even, odd;
+    Mix<W, K, HAS_BASE, EXACT, TRANSPOSED> even, odd;
     float sums[128];
 #pragma unroll
     for (int i = 0; i < 128; ++i) sums[i] = 0.0f;
@@ -228,7 +228,7 @@ __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds_
     asm volatile("bar.sync 1, 256;" ::: "memory");  // both groups have read the last tiles: the result takes their memory
     const uint32_t tiles = mixed_tiles;
     // [rows, outputs] in shared memory, rows of 256 bytes; 16-byte columns are permuted against bank conflicts.
-    const T* bias = static_cast<const T*>(p.bias);
+    const Row* bias = static_cast<const Row*>(p.bias);
     const W* bias_deltas = static_cast<const W*>(p.bias_deltas);
     const int out = first_out + (group - 1) * 64 + warp * 16 + lane / 4;
     float bias_of[2] = {0.0f, 0.0f};
@@ -250,13 +250,13 @@ __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds_
         }
       uint32_t words[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = narrow_pair<T>(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) words[i] = narrow_pair(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
       // Matrices: (rows j, outs 0-7), (rows j, outs 8-15), (rows j + 1, outs 0-7), (rows j + 1, outs 8-15).
       const int row = (j + lane / 16) * 8 + lane % 8, column = (group - 1) * 8 + warp * 2 + lane / 8 % 2;
       store_transposed(tiles + row * 256 + ((column ^ (row % 8)) * 16), words);
     }
     asm volatile("bar.sync 1, 256;" ::: "memory");
-    T* result = static_cast<T*>(p.out);
+    Row* result = static_cast<Row*>(p.out);
     const bool is_aligned = p.O % 8 == 0;
     for (int i = threadIdx.x - 128; i < kTileRows * 16; i += 256) {
       const int row = i / 16, column = i % 16, o = first_out + column * 8;
@@ -266,11 +266,11 @@ __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds_
                    : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
                    : "r"(tiles + row * 256 + ((column ^ (row % 8)) * 16))
                    : "memory");
-      T* to = result + int64_t(first_row + row) * p.O + o;
+      Row* to = result + int64_t(first_row + row) * p.O + o;
       if (is_aligned) {
         *reinterpret_cast<uint4*>(to) = words;
       } else {
-        const T* values = reinterpret_cast<const T*>(&words);
+        const Row* values = reinterpret_cast<const Row*>(&words);
 #pragma unroll
         for (int e = 0; e < 8; ++e)
           if (o + e < p.O) to[e] = values[e];

@@ -1,12 +1,16 @@
 // The left operand of Hopper's mixed_linear: a tile of weights from shared memory, mixed in registers.
 #pragma once
 
+#include <cuda_bf16.h>
+
 #include <climits>
 #include <type_traits>
 
 #include "sm90_instructions.cuh"
 
 namespace clp::sm90 {
+
+using Row = __nv_bfloat16;  // what rows and base are of
 
 constexpr int kTileOuts = 128, kTileRows = 256, kTileReduced = 64;
 constexpr int kClusterOuts = 2, kClusterRows = 2, kClusterBlocks = kClusterOuts * kClusterRows;
@@ -16,33 +20,19 @@ constexpr int kWeightsBytes = kTileOuts * kTileReduced * 2;  // of one stream
 constexpr int kSharedLimit = 224 * 1024;  // for tiles, of the 227 KiB that a block may have
 constexpr int kNone = INT_MAX;
 
-template <typename T>
+// Two bfloat16s of a word; the first is the lower half.
 __device__ __forceinline__ float2 widen_pair(uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __half22float2(*reinterpret_cast<const __half2*>(&word));
-  else
-    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+  return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
 }
 
-template <typename T>
-__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+__device__ __forceinline__ uint32_t narrow_pair(float first, float second) {
   uint32_t word;
-  if constexpr (std::is_same_v<T, __half>)
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
   return word;
 }
 
-template <typename T>
-__device__ __forceinline__ float widen_one(T value) {
-  if constexpr (std::is_same_v<T, float>)
-    return value;
-  else if constexpr (std::is_same_v<T, __half>)
-    return __half2float(value);
-  else
-    return __bfloat162float(value);
-}
+__device__ __forceinline__ float widen_one(float value) { return value; }
+__device__ __forceinline__ float widen_one(Row value) { return __bfloat162float(value); }
 
 // Where a lane finds its rows of an A fragment of 64 outputs x 16 in a swizzled tile of one stream.
 template <bool TRANSPOSED>
@@ -100,14 +90,13 @@ struct WideFragmentAddress {
 };
 
 // A fragment of 64 outputs x 64 of the mix, as the tensor cores take it from registers.
-template <typename T, typename W, int K, bool HAS_BASE, bool EXACT, bool TRANSPOSED>
+template <typename W, int K, bool HAS_BASE, bool EXACT, bool TRANSPOSED>
 struct Mix {
   static constexpr bool kBaseApart = EXACT && HAS_BASE;
   static constexpr bool kHasLow = EXACT && !HAS_BASE;
   static constexpr int kSteps = kTileReduced / 16;
-  uint32_t high[kSteps][4], low[kHasLow ? kSteps : 1][4];
-
   static constexpr int kDeltaBytes = kWeightsBytes * sizeof(W) / 2;
+  uint32_t high[kSteps][4], low[kHasLow ? kSteps : 1][4];
 
   __device__ __forceinline__ void load(uint32_t tiles, const FragmentAddress<TRANSPOSED>& where,
                                        const WideFragmentAddress<TRANSPOSED>& wide, const float (&c)[K]) {
@@ -130,10 +119,10 @@ struct Mix {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        high[step][i] = narrow_pair<T>(sums[2 * i], sums[2 * i + 1]);
+        high[step][i] = narrow_pair(sums[2 * i], sums[2 * i + 1]);
         if constexpr (kHasLow) {
-          const float2 pair = widen_pair<T>(high[step][i]);
-          low[step][i] = narrow_pair<T>(sums[2 * i] - pair.x, sums[2 * i + 1] - pair.y);
+          const float2 pair = widen_pair(high[step][i]);
+          low[step][i] = narrow_pair(sums[2 * i] - pair.x, sums[2 * i + 1] - pair.y);
         }
       }
     }
@@ -144,7 +133,7 @@ struct Mix {
     load_fragment<TRANSPOSED>(words, address);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = widen_pair<T>(words[i]);
+      const float2 pair = widen_pair(words[i]);
       sums[2 * i] = fmaf(c, pair.x, sums[2 * i]);
       sums[2 * i + 1] = fmaf(c, pair.y, sums[2 * i + 1]);
     }
@@ -165,9 +154,9 @@ struct Mix {
     for (int step = 0; step < kSteps; ++step) {
       const uint64_t b = describe_matrix(rows + step * 32);
       if constexpr (kBaseApart)
-        multiply<TRANSPOSED>(sums, describe_matrix(base + step * (TRANSPOSED ? 16 * 128 : 32)), b, T{});
-      multiply(sums, high[step], b, T{});
-      if constexpr (kHasLow) multiply(sums, low[step], b, T{});
+        multiply<TRANSPOSED>(sums, describe_matrix(base + step * (TRANSPOSED ? 16 * 128 : 32)), b);
+      multiply(sums, high[step], b);
+      if constexpr (kHasLow) multiply(sums, low[step], b);
     }
     commit_products();
   }
