@@ -44,7 +44,8 @@ def test_the_built_kernel_keeps_everything_in_registers():
     for name, registers, stack, local in found:
         # What the rest of the block leaves a thread of the 384 at its start: the multiplying ones take more from it.
         is_widest = "fLi4ELb0ELb1" in name  # four float32 copies without a base, in two operands each: 8 bytes
-        assert (int(registers), int(local)) == (168, 0), name
+        assert int(registers) <= 168, name
+        assert int(local) == 0, name
         assert int(stack) <= (8 if is_widest else 0), name
 
 
