@@ -68,7 +68,7 @@ def premixed(x, base, deltas, coefficients, row_map, bias=None, bias_deltas=None
         ("segments", {"base": False}, True),
         ("segments", {}, False),
         ("segments, meeting", {"base": False}, False),
-        ("segments, odd copies", {"interleaved": True, "bias": False}, True),
+        ("segments, meeting", {"interleaved": True, "bias": False}, True),
     ],
 )
 def test_values_and_gradients(name, given, exact_delta):
