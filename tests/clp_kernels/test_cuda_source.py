@@ -3,8 +3,8 @@
 The first two parts need nvcc (the first what it built) and no GPU. The arithmetic of the kernels is host-and-device
 code, which a small program (mixed_linear_sm80_host.cu) runs: the scalar form for one lane after the other, joined in
 the kernel's butterfly; the tensor cores' for whole warps, with asynchronous copies that land early or late and the
-instruction's fragments by its definition. It is compared with float64 here. Only the instructions themselves and the launch are left to the third
-part, which needs a GPU and the built extension.
+instruction's fragments by its definition. It is compared with float64 here. Only the instructions themselves and the
+launch are left to the third part, which needs a GPU and the built extension.
 """
 
 import ctypes
