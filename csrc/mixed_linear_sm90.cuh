@@ -90,8 +90,10 @@ __global__ void __cluster_dims__(kClusterRows, kClusterOuts, 1) __launch_bounds_
   using R = Rings<W, K, HAS_BASE, EXACT>;
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared<R>& shared = *reinterpret_cast<Shared<R>*>(memory);
-  auto& [tiles_, mixed_full, mixed_empty, read_full, read_empty, weightings] = shared;
-  const uint32_t mixed_tiles = shared_address(tiles_);
+  uint64_t *const mixed_full = shared.mixed_full, *const mixed_empty = shared.mixed_empty;
+  uint64_t *const read_full = shared.read_full, *const read_empty = shared.read_empty;
+  int* const weightings = shared.weightings;
+  const uint32_t mixed_tiles = shared_address(shared.tiles);
   const uint32_t read_tiles = mixed_tiles + R::kMixedStages * R::kMixedBytes;
   const uint32_t rank = cluster_rank(), row_rank = rank % kClusterRows, out_rank = rank / kClusterRows;
   const int first_row = blockIdx.x * kTileRows, first_out = blockIdx.y * kTileOuts;

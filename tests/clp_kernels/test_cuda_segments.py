@@ -21,7 +21,7 @@ BUILT = Path(clp_kernels.__file__).with_name("_cuda.abi3.so")
 needs_build = pytest.mark.skipif(not BUILT.exists(), reason="the CUDA part was not built")
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == mixed_linear_cuda.HOPPER
 MISSING = clp_kernels.available_backends()["cuda"]
-on_a_gpu = pytest.mark.skipif(not HAS_HOPPER or MISSING is not None, reason=f"needs a Hopper GPU and {MISSING}")
+on_a_gpu = pytest.mark.skipif(not HAS_HOPPER or MISSING is not None, reason=f"needs a Hopper GPU; back-end: {MISSING}")
 # Deltas, M, D, N, K, S, what is particular: rows of a weighting in whole tiles, over borders of tiles, and mixed up.
 CASES = [
     (BF16, 512, 128, 256, 2, 1, {}),
