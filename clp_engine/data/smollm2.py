@@ -20,6 +20,7 @@ from typing import Any
 
 from clp_engine.data.installed import package_folder
 from clp_engine.extras import require
+from clp_kernels.cache_folder import default_cache_dir
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,6 @@ MANIFEST = "clp_engine_manifest.json"
 CONVERSION = 1  # part of the folder's name: raise it when convert_gguf writes something else
 END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"
-
-
-def default_cache_dir() -> Path:
-    """Return the cache folder: `$CLP_ENGINE_CACHE`, else `$XDG_CACHE_HOME/clp_engine`, else `~/.cache/clp_engine`."""
-    own = os.environ.get("CLP_ENGINE_CACHE")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "clp_engine"
 
 
 def find_gguf() -> Path:

@@ -5,14 +5,15 @@ of one product.
 """
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import triton
+import triton.runtime.errors
 from torch import Tensor
 
+from clp_kernels.launch_configs import Tile, choose
 from clp_kernels.mixed_linear_triton_kernels import mixed_product_tile, weighting_sum_kernel
 
 # Triton chooses its CPU interpreter where a kernel is decorated (TRITON_INTERPRET=1 at the first import), for good.
@@ -20,15 +21,23 @@ INTERPRETED = not isinstance(mixed_product_tile, triton.JITFunction)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """The block sizes of one launch: rows, outputs and reduced elements of a program, its warps and pipeline depth."""
+# What a candidate of `tuning` may fail by: it wants more of the chip than there is, or does not compile.
+LAUNCH_ERROR = triton.runtime.errors.TritonError
 
-    rows: int
-    outs: int
-    reduced: int
-    num_warps: int
-    num_stages: int
+
+def choose_tile(
+    kernel: str,
+    rows: Tensor,
+    base: Tensor | None,
+    deltas: Tensor,
+    sizes: tuple[int, int, int],
+    heuristic: Callable[[], Tile],
+    batch_invariant: bool = False,
+) -> Tile:
+    """Chooses the tile of a launch as `launch_configs.choose`; tables hold for a base in the rows' dtype, or none."""
+    if base is not None and base.dtype != rows.dtype:
+        return heuristic()
+    return choose(kernel, rows, deltas, sizes, heuristic, batch_invariant=batch_invariant)
 
 
 def select_product_tile(num_rows: int, dtype: torch.dtype, batch_invariant: bool = False) -> Tile:

@@ -16,6 +16,7 @@ from torch import Tensor
 from clp_kernels.launch_triton import (
     Tile,
     check_tensors,
+    choose_tile,
     dot_precision,
     on_device,
     select_product_tile,
@@ -93,8 +94,9 @@ def forward(
         ValueError: A dtype or device that the kernels do not take.
     """
     check_tensors({"x": x_MD, "base": base_ND, "down": down_RD, "up": up_NR, "gates": gates_SR, "bias": bias_N})
-    h_PMR = _shrink(x_MD, down_RD, batch_invariant)
-    y_MN = _expand(x_MD, base_ND, h_PMR, gates_SR, row_map_M, up_NR, bias_N, batch_invariant)
+    tiles = _choose_tiles("", x_MD, base_ND, down_RD, up_NR, batch_invariant)
+    h_PMR = _shrink(x_MD, down_RD, tiles[0], batch_invariant)
+    y_MN = _expand(x_MD, base_ND, h_PMR, gates_SR, row_map_M, up_NR, bias_N, tiles[1])
     return y_MN, _added(h_PMR) if keep_shrink else h_PMR.new_empty(0)
 
 
@@ -125,7 +127,8 @@ def backward(
     if needs_up:
         d_up_NR = _factor_gradient(dy_MN, shrink_MR, gates_SR, row_map_M).to(up_NR.dtype)
     if needs_x or needs_down or needs_gates:
-        d_ranks_MR = _added(_shrink(dy_MN, up_NR.T, batch_invariant))
+        tiles = _choose_tiles(".dx", dy_MN, base_ND, down_RD, up_NR, batch_invariant)
+        d_ranks_MR = _added(_shrink(dy_MN, up_NR.T, tiles[0], batch_invariant))
         if needs_gates:
             terms_MR = d_ranks_MR * shrink_MR
             d_gates_SR = sum_by_weighting(terms_MR[None], row_map_M, gates_SR.shape[0]).to(gates_SR.dtype)
@@ -135,7 +138,7 @@ def backward(
         if needs_x:
             base_DN = None if base_ND is None else base_ND.T
             weights = (base_DN, d_ranks_MR[None], gates_SR, row_map_M, down_RD.T)
-            dx_MD = _expand(dy_MN, *weights, None, batch_invariant)
+            dx_MD = _expand(dy_MN, *weights, None, tiles[1])
     if needs_base and base_ND is not None:
         # A plain GEMM of torch's; in float32 where the base is wider than the rows.
         dtype = dy_MN.dtype if base_ND.dtype == dy_MN.dtype else torch.float32
@@ -147,14 +150,35 @@ def _added(partials: Tensor) -> Tensor:
     return partials[0] if len(partials) == 1 else partials.sum(0)
 
 
-def _shrink(a_MC: Tensor, w_RC: Tensor, batch_invariant: bool) -> Tensor:
+def _choose_tiles(
+    of_pass: str, a_MC: Tensor, base_ND: Tensor | None, down_RD: Tensor, up_NR: Tensor, batch_invariant: bool
+) -> tuple[Tile, Tile]:
+    """Returns the tiles of shrink and expand: what sets the order of a row's sum, batch-invariant one for any M."""
+    (R, D), N, M = down_RD.shape, up_NR.shape[0], a_MC.shape[0]
+    rows = 1 if batch_invariant else M
+    return (
+        choose_tile(
+            f"low_rank_linear.shrink{of_pass}",
+            *(a_MC, None, down_RD, (R, N, D)),
+            lambda: select_shrink_tile(rows, R, a_MC.dtype),
+            batch_invariant,
+        ),
+        choose_tile(
+            f"low_rank_linear.expand{of_pass}",
+            *(a_MC, base_ND, up_NR, (R, N, D)),
+            lambda: select_product_tile(M, a_MC.dtype, batch_invariant),
+            batch_invariant,
+        ),
+    )
+
+
+def _shrink(a_MC: Tensor, w_RC: Tensor, tile: Tile, batch_invariant: bool) -> Tensor:
     """Returns a @ w.T in float32, [P, M, R]: P partial sums over C, at least one."""
     (M, C), R = a_MC.shape, w_RC.shape[0]
     if M == 0 or R == 0:
         return torch.zeros(1, M, R, dtype=torch.float32, device=a_MC.device)
-    # What sets the order of a row's sum: batch-invariant, it is that of one row's block whatever M is.
-    tile = select_shrink_tile(1 if batch_invariant else M, R, a_MC.dtype)
     blocks = triton.cdiv(M, tile.rows), triton.cdiv(R, tile.outs)
+    # Batch-invariant, the split is that of one row's block whatever M is.
     P, split_size = select_splits(blocks[1] if batch_invariant else blocks[0] * blocks[1], C, tile.reduced)
     grid = (*blocks, P)
     h_PMR = torch.empty(P, M, R, dtype=torch.float32, device=a_MC.device)
@@ -181,14 +205,13 @@ def _expand(
     row_map_M: Tensor,
     w_OR: Tensor,
     bias_O: Tensor | None,
-    batch_invariant: bool,
+    tile: Tile,
 ) -> Tensor:
     """Returns a @ base.T + (gates[row_map] * h.sum(0)) @ w.T + bias in a's dtype."""
     (M, C), (num_outs, R) = a_MC.shape, w_OR.shape
     out_MO = a_MC.new_empty(M, num_outs)
     if out_MO.numel() == 0:
         return out_MO
-    tile = select_product_tile(M, a_MC.dtype, batch_invariant)
     base_dtype, base_strides = (a_MC.dtype, (0, 0)) if base_OC is None else (base_OC.dtype, base_OC.stride())
     bias_strides = (0,) if bias_O is None else bias_O.stride()
     with on_device(a_MC):

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clp_kernels.launch_triton import check_tensors, on_device, sum_by_weighting
+from clp_kernels.launch_triton import Tile, check_tensors, choose_tile, on_device, sum_by_weighting
 from clp_kernels.mixed_embedding_reference import check_ids
 from clp_kernels.mixed_embedding_triton_kernels import (
     coefficient_terms_kernel,
@@ -25,6 +25,12 @@ def select_blocks(num_ins: int) -> tuple[int, int]:
     """Chooses the positions and the elements of a row that a program holds, from D alone: BLOCK_M, BLOCK_D."""
     block_d = min(512, max(64, triton.next_power_of_2(num_ins)))
     return 2048 // block_d, block_d
+
+
+def select_lookup_tile(num_ins: int) -> Tile:
+    """Chooses the tile of the lookup: the blocks of `select_blocks`."""
+    block_m, block_d = select_blocks(num_ins)
+    return Tile(rows=block_m, reduced=block_d, num_warps=4)
 
 
 def forward(ids_M: Tensor, base_VD: Tensor | None, deltas_VKD: Tensor, c_SK: Tensor, row_map_M: Tensor) -> Tensor:
@@ -46,15 +52,16 @@ def forward(ids_M: Tensor, base_VD: Tensor | None, deltas_VKD: Tensor, c_SK: Ten
     if y_MD.numel() == 0:
         return y_MD
     base_strides = (0, 0) if base_VD is None else base_VD.stride()
-    block_m, block_d = select_blocks(D)
+    tile = choose_tile("mixed_embedding", y_MD, base_VD, deltas_VKD, (K, V, D), lambda: select_lookup_tile(D))
     with on_device(deltas_VKD):
-        mixed_embedding_kernel[(triton.cdiv(M, block_m), triton.cdiv(D, block_d))](
+        mixed_embedding_kernel[(triton.cdiv(M, tile.rows), triton.cdiv(D, tile.reduced))](
             *(ids_M, base_VD, deltas_VKD, c_SK, row_map_M, y_MD),
             *(M, D, K, V),
             *(*ids_M.stride(), *base_strides, *deltas_VKD.stride(), *c_SK.stride(), *row_map_M.stride()),
             HAS_BASE=base_VD is not None,
-            BLOCK_M=block_m,
-            BLOCK_D=block_d,
+            BLOCK_M=tile.rows,
+            BLOCK_D=tile.reduced,
+            num_warps=tile.num_warps,
             sanitize_overflow=False,  # of the arithmetic on offsets, which debug would check too
         )
     return y_MD

@@ -12,6 +12,7 @@ As in `mixed_linear_triton`: any strides, no copy of the head, no value read on 
 every run; a row's bits do not depend on its neighbours' values.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,14 @@ import torch
 import triton
 from torch import Tensor
 
-from clp_kernels.launch_triton import Tile, check_tensors, on_device, product_arguments, select_product_tile
+from clp_kernels.launch_triton import (
+    Tile,
+    check_tensors,
+    choose_tile,
+    on_device,
+    product_arguments,
+    select_product_tile,
+)
 from clp_kernels.mixed_linear_logprob_arguments import Head, Logits, Needs, Targets
 from clp_kernels.mixed_linear_logprob_triton_kernels import (
     output_gradient_kernel,
@@ -54,7 +62,7 @@ def forward(
     entropy_M = torch.empty_like(logprob_M) if needs_entropy else None
     if M == 0:
         return logprob_M, entropy_M, normalizer_M2, None
-    tile = select_product_tile(M, hidden_MD.dtype)
+    tile = _choose_tile("mixed_linear_logprob", hidden_MD, head, lambda: select_product_tile(M, hidden_MD.dtype))
     row_blocks = triton.cdiv(M, tile.rows)
     tiles_per_split = triton.cdiv(triton.cdiv(V, tile.outs) * row_blocks, _PROGRAMS)
     tokens_per_split = tiles_per_split * tile.outs
@@ -108,10 +116,11 @@ def backward(
     M, V = hidden_MD.shape[0], head.deltas.shape[0]
     size = max(_SMALLEST_CHUNK, _CHUNK_ELEMENTS // max(M, 1) // _SMALLEST_CHUNK * _SMALLEST_CHUNK)
     scratch = rows_MD.new_empty(M * min(size, V), dtype=torch.float32)
+    tile = _choose_tile("mixed_linear_logprob.backward", rows_MD, head, lambda: select_output_gradient_tile(rows_MD))
     for begin in range(0, V, size):
         end = min(begin + size, V)
         dy_MC = scratch[: M * (end - begin)].view(M, end - begin)
-        _launch_output_gradient(rows_MD, head.columns(begin, end), targets, by, of_rows, begin, dy_MC)
+        _launch_output_gradient(rows_MD, head.columns(begin, end), targets, by, of_rows, begin, dy_MC, tile)
         gradients.take(dy_MC, begin, end)
     return gradients.finished(hidden_MD.dtype)
 
@@ -168,6 +177,17 @@ class _Gradients:
         return d_hidden, self.base, self.deltas, self.c, self.bias, self.bias_deltas
 
 
+def select_output_gradient_tile(rows_MD: Tensor) -> Tile:
+    """Chooses the tile of the kernel that makes the logits of a chunk again, from the rows alone."""
+    tile = select_product_tile(len(rows_MD), rows_MD.dtype)
+    return replace(tile, num_stages=min(tile.num_stages, 3))  # with a fourth, 3 rows of float32 spill registers
+
+
+def _choose_tile(kernel: str, rows_MD: Tensor, head: Head, heuristic: Callable[[], Tile]) -> Tile:
+    V, K, D = head.deltas.shape
+    return choose_tile(kernel, rows_MD, head.base, head.deltas, (K, V, D), heuristic)
+
+
 def _launch_output_gradient(
     hidden_MD: Tensor,
     head: Head,
@@ -176,13 +196,12 @@ def _launch_output_gradient(
     of_rows: tuple[Tensor | None, ...],
     first_token: int,
     dy_MC: Tensor,
+    tile: Tile,
 ) -> None:
     """Writes the gradient of the head's output; `head` is that of the chunk, of_rows as the kernel takes them."""
     if dy_MC.numel() == 0:
         return
     M, C = dy_MC.shape
-    tile = select_product_tile(M, hidden_MD.dtype)
-    tile = replace(tile, num_stages=min(tile.num_stages, 3))  # with a fourth, 3 rows of float32 spill registers
     tensors, strides, constants = _head_arguments(hidden_MD, head, tile)
     numbers, has_softcap = _logit_numbers(by)
     with on_device(hidden_MD):

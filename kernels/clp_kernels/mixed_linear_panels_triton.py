@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clp_kernels.launch_triton import INTERPRETED, on_device
+from clp_kernels.launch_triton import INTERPRETED, Tile, choose_tile, on_device
 from clp_kernels.mixed_linear_segments_triton_kernels import store_or_add
 
 PANEL_BYTES = 32 * 2**20
@@ -49,7 +49,7 @@ def multiply(
     Returns:
         [M, N], or [M, D] where `transposed`, in a's dtype.
     """
-    N, _, D = deltas_NKD.shape
+    N, K, D = deltas_NKD.shape
     num_outs, num_reduced = (D, N) if transposed else (N, D)
     out_MO = a_MR.new_empty(a_MR.shape[0], num_outs)
     if out_MO.numel() == 0:
@@ -57,17 +57,26 @@ def multiply(
     bias_N = _mix_bias(bias_N, bias_deltas_NK, c_SK[0], a_MR.dtype)
     height = max(1, PANEL_BYTES // (num_reduced * a_MR.element_size()))
     panel = a_MR.new_empty(min(num_outs, height) * num_reduced)
+    kernel = "mixed_linear.panels.dx" if transposed else "mixed_linear.panels"
+    width = min(num_outs, height) if transposed else D
+    tile = choose_tile(kernel, a_MR, base_ND, deltas_NKD, (K, N, D), lambda: select_mix_tile(width))
     for start, end in pairwise([*range(0, num_outs, height), num_outs]):
         outs = slice(start, end)
         where = (slice(None), outs) if transposed else (outs, slice(None))
         deltas = deltas_NKD[:, :, outs] if transposed else deltas_NKD[outs]
         mix = panel[: (end - start) * num_reduced].view(deltas.shape[0], deltas.shape[2])
-        _mix_panel(deltas, None if base_ND is None else base_ND[where], c_SK[0], mix)
+        _mix_panel(deltas, None if base_ND is None else base_ND[where], c_SK[0], mix, tile)
         if bias_N is None:
             torch.mm(a_MR, mix if transposed else mix.T, out=out_MO[:, outs])
         else:
             torch.addmm(bias_N[outs], a_MR, mix.T, out=out_MO[:, outs])
     return out_MO
+
+
+def select_mix_tile(num_ins: int) -> Tile:
+    """Chooses the elements of a panel's row that a program mixes, and its warps: a thread has 8 of them."""
+    block = min(2048, triton.next_power_of_2(num_ins))
+    return Tile(reduced=block, num_warps=max(1, min(8, block // 256)))
 
 
 def write_gradient(
@@ -98,18 +107,17 @@ def _mix_bias(bias_N: Tensor | None, bias_deltas_NK: Tensor | None, c_K: Tensor,
     return None if bias_N is None else bias_N.to(dtype)
 
 
-def _mix_panel(deltas_NKD: Tensor, base_ND: Tensor | None, c_K: Tensor, panel_ND: Tensor) -> None:
+def _mix_panel(deltas_NKD: Tensor, base_ND: Tensor | None, c_K: Tensor, panel_ND: Tensor, tile: Tile) -> None:
     N, K, D = deltas_NKD.shape
-    block = min(2048, triton.next_power_of_2(D))
     base_strides = (0, 0) if base_ND is None else base_ND.stride()
     with on_device(deltas_NKD):
-        mix_panel_kernel[(N, triton.cdiv(D, block))](
+        mix_panel_kernel[(N, triton.cdiv(D, tile.reduced))](
             *(deltas_NKD, base_ND, c_K, panel_ND, D),
             *(*deltas_NKD.stride(), *base_strides, *c_K.stride()),
             K=K,
             HAS_BASE=base_ND is not None,
-            BLOCK_D=block,
-            num_warps=max(1, min(8, block // 256)),
+            BLOCK_D=tile.reduced,
+            num_warps=tile.num_warps,
         )
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clp_kernels.launch_triton import Tile, on_device
+from clp_kernels.launch_triton import Tile, choose_tile, on_device
 from clp_kernels.mixed_linear_segments_triton_kernels import (
     run_ends_kernel,
     segment_gradient_kernel,
@@ -66,7 +66,11 @@ def multiply(
         *((0,) if bias_N is None else bias_N.stride()),
         *((0, 0) if bias_deltas_NK is None else bias_deltas_NK.stride()),
     )
-    tile = select_segment_tile(K + (base_ND is not None), deltas_NKD.dtype, *device_limits(a_MR.device))
+    tile = choose_tile(
+        "mixed_linear.segments.dx" if transposed else "mixed_linear.segments",
+        *(a_MR, base_ND, deltas_NKD, (K, N, D)),
+        lambda: select_segment_tile(K + (base_ND is not None), deltas_NKD.dtype, *device_limits(a_MR.device)),
+    )
     grid = (triton.cdiv(a_MR.shape[0], tile.rows) * triton.cdiv(num_outs, tile.outs),)
     with on_device(a_MR):
         segment_product_kernel[grid](
@@ -111,12 +115,13 @@ def write_gradient(
 ) -> None:
     """Stores d_deltas = sum_s c_s (dy_s^T x_s) in a contiguous out_NKD, or adds it: float32 sums, rounded once.
 
-    Rows of one weighting side by side: a run of them takes whole steps of 64 rows.
+    Rows of one weighting side by side: a run of them takes whole steps, of 64 rows unless a table says otherwise.
     """
     N, K, D = out_NKD.shape
     M = x_MD.shape[0]
     run_ends_M = row_map_M.new_empty(M)
-    tile = Tile(rows=64, outs=128, reduced=128, num_warps=8, num_stages=4)
+    heuristic = Tile(rows=64, outs=128, reduced=128, num_warps=8, num_stages=4)
+    tile = choose_tile("mixed_linear.segments.d_deltas", x_MD, None, out_NKD, (K, N, D), lambda: heuristic)
     with on_device(x_MD):
         run_ends_kernel[(triton.cdiv(M, 256),)](row_map_M, run_ends_M, M, *row_map_M.stride(), BLOCK_M=256)
         segment_gradient_kernel[(triton.cdiv(N, tile.outs) * triton.cdiv(D, tile.reduced), triton.cdiv(K, 2))](

@@ -15,7 +15,9 @@ import triton
 from clp_kernels import mixed_linear_panels_triton as panels
 from clp_kernels import mixed_linear_segments_triton as segments
 from clp_kernels.launch_triton import (
+    Tile,
     check_tensors,
+    choose_tile,
     dot_precision,
     on_device,
     product_arguments,
@@ -79,6 +81,7 @@ def forward(
         deltas_NKD,
         c_SK,
         row_map_M,
+        kernel="mixed_linear.streams",
         num_outs=deltas_NKD.shape[0],
         base_strides=base_strides,
         deltas_strides=deltas_NKD.stride(),
@@ -135,6 +138,7 @@ def backward_x(
         deltas_NKD,
         c_SK,
         row_map_M,
+        kernel="mixed_linear.streams.dx",
         num_outs=deltas_NKD.shape[2],
         base_strides=base_strides,
         deltas_strides=(stride_d, stride_k, stride_n),
@@ -203,10 +207,11 @@ def _select_form(
 def _launch_product(
     a_MR: torch.Tensor,
     base: torch.Tensor | None,
-    deltas: torch.Tensor,
+    deltas_NKD: torch.Tensor,
     c_SK: torch.Tensor,
     row_map_M: torch.Tensor,
     *,
+    kernel: str,
     num_outs: int,
     base_strides: tuple[int, ...],
     deltas_strides: tuple[int, ...],
@@ -216,21 +221,29 @@ def _launch_product(
     adds_to: torch.Tensor | None = None,
     rows_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Launches a_MR (base + sum_k c_k delta_k); strides come as in `product_arguments`."""
+    """Launches `kernel`, a_MR (base + sum_k c_k delta_k); strides come as in `product_arguments`."""
     num_rows, num_reduced = a_MR.shape
     out_MO = a_MR.new_empty((num_rows, num_outs)) if adds_to is None else adds_to
     if out_MO.numel() == 0:
         return out_MO
     rows_dtype = rows_dtype or a_MR.dtype
-    tile = select_product_tile(num_rows, rows_dtype, batch_invariant)
+
+    def heuristic() -> Tile:
+        return select_product_tile(num_rows, rows_dtype, batch_invariant)
+
+    if adds_to is None and rows_dtype == a_MR.dtype:
+        N, K, D = deltas_NKD.shape
+        tile = choose_tile(kernel, a_MR, base, deltas_NKD, (K, N, D), heuristic, batch_invariant)
+    else:  # the head's dy, wider than its rows, is not what tables are measured with
+        tile = heuristic()
     tensors, strides, constants = product_arguments(
-        *(a_MR, base, deltas, c_SK, row_map_M, bias_N, bias_deltas_NK),
+        *(a_MR, base, deltas_NKD, c_SK, row_map_M, bias_N, bias_deltas_NK),
         base_strides=base_strides,
         deltas_strides=deltas_strides,
         tile=tile,
         rows_dtype=rows_dtype,
     )
-    sizes = (num_rows, num_outs, num_reduced, deltas.shape[1])
+    sizes = (num_rows, num_outs, num_reduced, deltas_NKD.shape[1])
     with on_device(a_MR):
         mixed_product_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(num_outs, tile.outs))](
             *tensors, out_MO, *sizes, *strides, **constants, ADDS=adds_to is not None
@@ -257,7 +270,11 @@ def write_deltas_gradient(
         write = segments.write_gradient if form == "segments" else panels.write_gradient
         return write(dy_MN, x_MD, c_SK, row_map_M, out_NKD, adds=adds)
     N, K, D = out_NKD.shape
-    tile = select_gradient_tile(x_MD.dtype)
+    if dy_MN.dtype == x_MD.dtype:
+        kernel, sizes = "mixed_linear.streams.d_deltas", (K, N, D)
+        tile = choose_tile(kernel, x_MD, None, out_NKD, sizes, lambda: select_gradient_tile(x_MD.dtype))
+    else:
+        tile = select_gradient_tile(x_MD.dtype)
     grid = (triton.cdiv(N, tile.outs), triton.cdiv(D, tile.reduced), K)
     strides = (*dy_MN.stride(), *x_MD.stride(), *c_SK.stride(), *row_map_M.stride())
     with on_device(x_MD):

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from clp_kernels.launch_triton import check_tensors, on_device, sum_by_weighting
+from clp_kernels.launch_triton import Tile, check_tensors, choose_tile, on_device, sum_by_weighting
 from clp_kernels.mixed_norm_triton_kernels import (
     coefficient_terms_kernel,
     input_gradient_kernel,
@@ -28,6 +28,12 @@ def select_row_blocks(num_ins: int) -> tuple[int, int, int]:
     """
     block_d = min(1024, max(128, triton.next_power_of_2(num_ins)))
     return 4, block_d, block_d // 128
+
+
+def select_norm_tile(num_ins: int) -> Tile:
+    """Chooses the tile of the forward: the blocks of `select_row_blocks`."""
+    block_m, block_d, num_warps = select_row_blocks(num_ins)
+    return Tile(rows=block_m, reduced=block_d, num_warps=num_warps)
 
 
 def select_row_splits(num_rows: int) -> tuple[int, int]:
@@ -63,10 +69,11 @@ def forward(
     y_MD = x_MD.new_empty(M, D)
     if M == 0:
         return y_MD
-    block_m, block_d, num_warps = select_row_blocks(D)
+    sizes = (weight_deltas_DK.shape[1], 1, D)
+    tile = choose_tile("mixed_norm", x_MD, weight_D, weight_deltas_DK, sizes, lambda: select_norm_tile(D))
     strides = (*_strides(weight_D, 1), *weight_deltas_DK.stride(), *c_SK.stride(), *row_map_M.stride())
     with on_device(x_MD):
-        mixed_norm_kernel[(triton.cdiv(M, block_m),)](
+        mixed_norm_kernel[(triton.cdiv(M, tile.rows),)](
             *(x_MD, weight_D, weight_deltas_DK, c_SK, row_map_M, bias_D, bias_deltas_DK, y_MD),
             *(M, D, weight_deltas_DK.shape[1], eps, offset),
             *(*x_MD.stride(), *strides, *_strides(bias_D, 1), *_strides(bias_deltas_DK, 2)),
@@ -75,9 +82,9 @@ def forward(
             HAS_WEIGHT=weight_D is not None,
             HAS_BIAS=bias_D is not None,
             HAS_BIAS_DELTAS=bias_deltas_DK is not None,
-            BLOCK_M=block_m,
-            BLOCK_D=block_d,
-            num_warps=num_warps,
+            BLOCK_M=tile.rows,
+            BLOCK_D=tile.reduced,
+            num_warps=tile.num_warps,
         )
     return y_MD
 
