@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 def load_plain_model(model: Any, **kwargs: Any) -> Any:
     """`model` itself, or the causal or encoder-decoder language model that it names.
@@ -40,8 +42,28 @@ def load_by_name(name: str | Path, **kwargs: Any) -> Any:
     Raises:
         OSError, ValueError: transformers' own.
     """
+    _, auto = _config_and_class(name, **kwargs)
+    return auto.from_pretrained(name, **kwargs)
+
+
+def outline_by_name(name: str | Path, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
+    """The same model without values, on the meta device: its config alone is read.
+
+    Args:
+        name: a path or a hub id.
+        dtype: of its parameters; None takes the config's.
+        **kwargs: handed to AutoConfig.from_pretrained.
+
+    Raises:
+        OSError, ValueError: transformers' own.
+    """
+    config, auto = _config_and_class(name, **kwargs)
+    with torch.device("meta"):
+        return auto.from_config(config, dtype=dtype or config.dtype or torch.float32)
+
+
+def _config_and_class(name: str | Path, **kwargs: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     config = AutoConfig.from_pretrained(name, **kwargs)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(name, **kwargs)
+    return config, AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -35,6 +35,7 @@ ORDER = (
         "clp_engine.decoding",
         "clp_engine.rollout",
         "clp_engine.logprobs",
+        "clp_engine.operator_shapes",
     ),
     ("clp_engine.rewards", "clp_engine.data"),
     ("clp_engine.training", "clp_engine.baselines", "clp_engine.evaluation"),

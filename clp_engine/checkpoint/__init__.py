@@ -2,7 +2,7 @@
 
 from clp_engine.checkpoint.fingerprint import base_fingerprint
 from clp_engine.checkpoint.hub import find, is_conditioned, push
-from clp_engine.checkpoint.loading import load, load_copies, read_prompt_template, verify
+from clp_engine.checkpoint.loading import load, load_copies, outline, read_prompt_template, verify
 from clp_engine.checkpoint.manifest import CONFIG_FILE, FORMAT_VERSION, Manifest
 from clp_engine.checkpoint.saving import save
 
@@ -15,6 +15,7 @@ __all__ = [
     "is_conditioned",
     "load",
     "load_copies",
+    "outline",
     "push",
     "read_prompt_template",
     "save",

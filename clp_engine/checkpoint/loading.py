@@ -27,7 +27,7 @@ from clp_engine.checkpoint.saving import check_finite
 from clp_engine.checkpoint.strict_json import decode, read_object, shown
 from clp_engine.layers import conditioned_layers, named_copies
 from clp_engine.model import get_clp_model
-from clp_engine.pretrained import load_by_name
+from clp_engine.pretrained import load_by_name, outline_by_name
 from clp_engine.prompt_template import PromptTemplate
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -80,6 +80,26 @@ def load(
     if not is_trainable:
         model.requires_grad_(False)
     return model.train(is_trainable)
+
+
+def outline(directory: Path) -> Any:
+    """The conditioned model of a folder without values, on the meta device: no tensor is read, here or of the base.
+
+    Raises:
+        FileNotFoundError: the manifest or the base model's config is missing.
+        ValueError: the manifest is damaged, or names no base.
+    """
+    manifest = read_manifest(directory)
+    name = manifest.base_model_name_or_path
+    if not name:
+        raise ValueError(f"{directory} records no name of its base model")
+    try:
+        base = outline_by_name(name, getattr(torch, manifest.base_dtype or "", None), revision=manifest.base_revision)
+    except OSError as error:
+        raise FileNotFoundError(f"the base model {name!r} of {directory} cannot be read ({error})") from error
+    model = get_clp_model(base, manifest.config)
+    _take_precision(model, manifest)
+    return model
 
 
 def read_prompt_template(directory: Path) -> PromptTemplate | None:

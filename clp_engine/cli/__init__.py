@@ -17,7 +17,7 @@ COMMANDS = {
     "collapse": "write the ordinary model of one weighting",
     "export": "write a steerable model as an ordinary model or as PEFT adapters",
     "import": "make a steerable model of PEFT adapters or fine-tunes of one base, without training",
-    "env": "print versions, processor, devices and kernel back-ends",
+    "env": "print versions, devices and kernel back-ends; --tune measures kernels on a GPU",
 }
 
 _HELP = """usage: clp COMMAND [options]
