@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def shapes_of_model(name_or_path: str) -> list[OperatorShape]:
     return list(dict.fromkeys(found))
 
 
-def _outline(name_or_path: str) -> torch.nn.Module:
+def _outline(name_or_path: str) -> Any:
     is_plain = Path(name_or_path).exists() and not checkpoint.is_conditioned(name_or_path)
     if not is_plain:
         try:

@@ -23,6 +23,7 @@ _DESCRIPTION = """Print versions, processor, devices, kernel back-ends and the l
 With --tune: measure tiles of the Triton kernels on this machine's GPU, for a model's layers or for given sizes, and
 write those that are faster than the kernels' own choice to a table in the cache folder. Every candidate's output is
 compared with the reference first. Later processes read the table at their first launch; nothing is measured in them.
+Every candidate is compiled, so it takes a while; what is measured of one shape is written before the next.
 
 examples:
   clp env

@@ -84,6 +84,13 @@ KERNELS: Mapping[str, Kernel] = {
 }
 
 
+# The values of batch_invariant under which a call of each kernel may not see M.
+_BLIND = {
+    name: {Invariance.NEVER: (), Invariance.ASKED: (True,), Invariance.ALWAYS: (True, False)}[kernel.invariance]
+    for name, kernel in KERNELS.items()
+}
+
+
 class Key(NamedTuple):
     """What an entry of a table holds for.
 
@@ -99,6 +106,9 @@ class Key(NamedTuple):
     N: int
     D: int
     max_rows: int | None
+
+
+_Call = tuple[str, torch.dtype, torch.dtype, int, int, int, int | None]  # a Key, with torch's own dtypes
 
 
 def bucket_of(num_rows: int) -> int:
@@ -125,38 +135,24 @@ def choose(
         heuristic: the launcher's own choice, called where no table has an entry.
         batch_invariant: whether M must have no part in it.
     """
-    invariance = KERNELS[kernel].invariance
-    sees_rows = invariance is Invariance.NEVER or (invariance is Invariance.ASKED and not batch_invariant)
+    tiles = _tiles_on(rows.device)
+    if not tiles and _forced is None and _observed is None:
+        return heuristic()
+    sees_rows = batch_invariant not in _BLIND[kernel]
     call = (kernel, rows.dtype, deltas.dtype, *sizes, bucket_of(rows.shape[0]) if sees_rows else None)
-    tile = _find(rows.device, *call) or heuristic()
+    tile = tiles.get(call)
+    if _forced is not None and _key(call) == _forced[0]:
+        tile = _forced[1]
+    if tile is None:
+        tile = heuristic()
     if _observed is not None:
-        _observed[_key(*call)] = tile
+        _observed[_key(call)] = tile
     return tile
 
 
-@functools.lru_cache(maxsize=4096)
-def _find(
-    device: torch.device,
-    kernel: str,
-    dtype: torch.dtype,
-    deltas_dtype: torch.dtype,
-    K: int,
-    N: int,
-    D: int,
-    max_rows: int | None,
-) -> Tile | None:
-    key = _key(kernel, dtype, deltas_dtype, K, N, D, max_rows)
-    if _forced is not None and key == _forced[0]:
-        return _forced[1]
-    name = device_name(device)
-    return None if name is None else _tiles(name).get(key)
-
-
-def _key(
-    kernel: str, dtype: torch.dtype, deltas_dtype: torch.dtype, K: int, N: int, D: int, max_rows: int | None
-) -> Key:
-    dtypes = (str(one).removeprefix("torch.") for one in (dtype, deltas_dtype))
-    return Key(kernel, *dtypes, K, N, D, max_rows)
+def _key(call: _Call) -> Key:
+    kernel, dtype, deltas_dtype = call[:3]
+    return Key(kernel, str(dtype).removeprefix("torch."), str(deltas_dtype).removeprefix("torch."), *call[3:])
 
 
 def device_name(device: torch.device) -> str | None:
@@ -165,16 +161,21 @@ def device_name(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _tiles(name: str) -> dict[Key, Tile]:
+def _tiles_on(device: torch.device) -> dict[_Call, Tile]:
+    """Read the tables of a device, once; from then on a launch costs one or two look-ups in dicts."""
+    if (name := device_name(device)) is None:
+        return {}
     from clp_kernels import launch_tables
 
-    return launch_tables.tiles_for(name)
+    return {
+        (key.kernel, getattr(torch, key.dtype), getattr(torch, key.deltas_dtype), *key[3:]): tile
+        for key, tile in launch_tables.tiles_for(name).items()
+    }
 
 
 def forget() -> None:
     """Drop what was read of tables, so that the next launch reads them again: a new one was written."""
-    _tiles.cache_clear()
-    _find.cache_clear()
+    _tiles_on.cache_clear()
 
 
 # For tuning and tests, which set them around launches of their own: a key with its tile, and what launches asked for.
@@ -187,12 +188,10 @@ def forced(key: Key, tile: Tile | None) -> Iterator[None]:
     """Launch `key` with `tile` inside the block, whatever tables say; None is the heuristic's."""
     global _forced
     outer, _forced = _forced, (key, tile)
-    _find.cache_clear()
     try:
         yield
     finally:
         _forced = outer
-        _find.cache_clear()
 
 
 @contextmanager
@@ -200,7 +199,8 @@ def observed() -> Iterator[dict[Key, Tile]]:
     """Collect what launches inside the block looked up, and the tile that each took; a block around it has them too."""
     global _observed
     outer = _observed
-    _observed = found = {}
+    found: dict[Key, Tile] = {}
+    _observed = found
     try:
         yield found
     finally:

@@ -52,6 +52,8 @@ def find_gpu() -> torch.device:
 
     if reason := missing_reason("triton"):
         raise ValueError(f"tuning measures Triton's kernels: {reason}")
+    if importlib.import_module("clp_kernels.launch_triton").INTERPRETED:
+        raise ValueError("tuning measures compiled kernels: leave out TRITON_INTERPRET=1")
     return torch.device("cuda", torch.cuda.current_device())
 
 
@@ -94,8 +96,8 @@ def tune(
     version = launch_tables.triton_version()
     entries = dict(earlier.entries) if earlier is not None and earlier.triton == version else {}
     for shape in shapes:
-        for key, calls in _by_key(cases(shape, row_counts, device)).items():
-            entry = _tune_key(key, calls, measure, report)
+        for key, found in _by_key(cases(shape, row_counts, device)).items():
+            entry = _tune_key(key, [_Call(case) for case in found], measure, report)
             entries.pop(key, None)
             if entry is not None:
                 entries[key] = entry
@@ -146,6 +148,7 @@ class _Call:
 def _unwritten_is_nan() -> Iterator[None]:
     """Fill memory that nothing has written with NaN: else what an earlier candidate left there would pass."""
     deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not deterministic, which is not the point
@@ -154,20 +157,19 @@ def _unwritten_is_nan() -> Iterator[None]:
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(deterministic)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warns)
             torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
 
 
-def _by_key(found: Iterator[Case]) -> dict[Key, list[_Call]]:
-    """Run each case once, and return the calls of each key that they look up."""
-    calls: dict[Key, list[_Call]] = {}
+def _by_key(found: Iterator[Case]) -> dict[Key, list[Case]]:
+    """Run each case once, and return the cases that look up each key."""
+    by_key: dict[Key, list[Case]] = {}
     for case in found:
         with observed() as tiles:
             case.run()
-        call = _Call(case)
         for key in tiles:
-            calls.setdefault(key, []).append(call)
-    return calls
+            by_key.setdefault(key, []).append(case)
+    return by_key
 
 
 def _tune_key(key: Key, calls: Sequence[_Call], measure: Measure, report: Callable[[str], object]) -> Entry | None:

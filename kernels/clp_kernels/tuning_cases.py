@@ -5,6 +5,7 @@ Legend: M rows, D in, N out, K copies, S distinct weightings, R ranks.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,11 @@ def _in(dtype: torch.dtype | None, *values: Any) -> tuple[Any, ...]:
     )
 
 
+def _modules(operator: str) -> tuple[Any, Any]:
+    """Return an operator's Triton launchers, which import Triton, and its reference."""
+    return tuple(importlib.import_module(f"clp_kernels.{operator}_{form}") for form in ("triton", "reference"))  # type: ignore[return-value]
+
+
 def _mixed_linear(draw: _Draw, M: int) -> Iterator[Case]:
     """Each form at what `select_form` gives it: a weighting per row, one per some hundred rows, one for all."""
     shape = draw.shape
@@ -120,8 +126,7 @@ def _mixed_linear(draw: _Draw, M: int) -> Iterator[Case]:
 
 
 def _mixed_linear_calls(draw: _Draw, M: int, S: int, how: dict[str, bool]) -> Iterator[Case]:
-    launchers = importlib.import_module("clp_kernels.mixed_linear_triton")
-    from clp_kernels import mixed_linear_reference as reference
+    launchers, reference = _modules("mixed_linear")
 
     x, dy, weighting = draw.rows(M, draw.shape.D), draw.rows(M, draw.shape.N), draw.weightings(M, S)
     weights = (draw.base, draw.deltas, *weighting)
@@ -130,7 +135,7 @@ def _mixed_linear_calls(draw: _Draw, M: int, S: int, how: dict[str, bool]) -> It
         f"{about}: forward",
         M,
         lambda: launchers.forward(x, *weights, None, None, **how),
-        lambda dtype: reference.forward(*_in(dtype, x, *weights), None, None),
+        lambda dtype: reference.forward(*_in(dtype, x, *weights, None, None)),
     )
     if M < TRAINED_ROWS:
         return
@@ -147,37 +152,37 @@ def _mixed_linear_calls(draw: _Draw, M: int, S: int, how: dict[str, bool]) -> It
         f"{about}: d_deltas",
         M,
         lambda: launchers.backward_deltas(*products, True, False)[0],
-        lambda dtype: reference.backward_deltas(*_in(dtype, *products), True, False)[0],  # type: ignore[return-value]
+        lambda dtype: reference.backward_deltas(*_in(dtype, *products, True, False))[0],
     )
 
 
 def _low_rank_linear(draw: _Draw, M: int) -> Iterator[Case]:
-    launchers = importlib.import_module("clp_kernels.low_rank_linear_triton")
-    from clp_kernels import low_rank_linear_reference as reference
+    launchers, reference = _modules("low_rank_linear")
 
     x, dy = draw.rows(M, draw.shape.D), draw.rows(M, draw.shape.N)
     weights = (draw.base, draw.down, draw.up, *draw.weightings(M, M))
     shrink, dx_alone = x.new_empty(0), (True, False, False, False, False)
-    for how in ({}, {"batch_invariant": True}):
-        about = f"low_rank_linear, {M} rows{', batch_invariant' if how else ''}"
+    for invariant in (False, True):
+        about = f"low_rank_linear, {M} rows{', batch_invariant' if invariant else ''}"
+        run = functools.partial(launchers.forward, x, *weights, None, False, batch_invariant=invariant)
         yield draw.case(
             f"{about}: forward",
             M,
-            lambda how=how: launchers.forward(x, *weights, None, False, **how)[0],
-            lambda dtype: reference.forward(*_in(dtype, x, *weights), None, False)[0],
+            lambda run=run: run()[0],  # type: ignore[misc]
+            lambda dtype: reference.forward(*_in(dtype, x, *weights, None, False))[0],
         )
         if M >= TRAINED_ROWS:
+            run = functools.partial(launchers.backward, dy, shrink, x, *weights, dx_alone, batch_invariant=invariant)
             yield draw.case(
                 f"{about}: dx",
                 M,
-                lambda how=how: launchers.backward(dy, shrink, x, *weights, dx_alone, **how)[0],
-                lambda dtype: reference.backward(*_in(dtype, dy, shrink, x, *weights), dx_alone)[0],  # type: ignore
+                lambda run=run: run()[0],  # type: ignore[misc]
+                lambda dtype: reference.backward(*_in(dtype, dy, shrink, x, *weights, dx_alone))[0],
             )
 
 
 def _mixed_linear_logprob(draw: _Draw, M: int) -> Iterator[Case]:
-    launchers = importlib.import_module("clp_kernels.mixed_linear_logprob_triton")
-    from clp_kernels import mixed_linear_logprob_reference as reference
+    launchers, reference = _modules("mixed_linear_logprob")
 
     x, weights = draw.rows(M, draw.shape.D), (draw.base, draw.deltas, *draw.weightings(M, M), None, None)
     given, d_logprob_M = (Targets(draw.ids(M), -100), Logits(1.0, 1.0, None)), draw.normal(M)
@@ -186,8 +191,8 @@ def _mixed_linear_logprob(draw: _Draw, M: int) -> Iterator[Case]:
     def expected(dtype: torch.dtype | None) -> tuple[Tensor, ...]:
         rows, *head = _in(dtype, x, *weights)
         logprob, entropy, normalizer, _ = reference.forward(rows, Head(*head), *given, True, False)
-        rest = (normalizer, entropy, *_in(dtype, d_logprob_M), None)
-        return logprob, reference.backward(rows, Head(*head), *given, *rest, needs)[0]  # type: ignore[return-value]
+        rest = (normalizer, entropy, *_in(dtype, d_logprob_M), None, needs)
+        return logprob, reference.backward(rows, Head(*head), *given, *rest)[0]
 
     yield draw.case(
         f"mixed_linear_logprob, {M} rows: forward",
@@ -207,8 +212,7 @@ def _mixed_linear_logprob(draw: _Draw, M: int) -> Iterator[Case]:
 
 
 def _mixed_embedding(draw: _Draw, M: int) -> Iterator[Case]:
-    launchers = importlib.import_module("clp_kernels.mixed_embedding_triton")
-    from clp_kernels import mixed_embedding_reference as reference
+    launchers, reference = _modules("mixed_embedding")
 
     arguments = (draw.ids(M), draw.base, draw.deltas, *draw.weightings(M, M))
     yield draw.case(
@@ -221,8 +225,7 @@ def _mixed_embedding(draw: _Draw, M: int) -> Iterator[Case]:
 
 def _mixed_norm(draw: _Draw, M: int) -> Iterator[Case]:
     """As conditioned layers call it: the copies' part of an RMSNorm, whose own scale the layer applies itself."""
-    launchers = importlib.import_module("clp_kernels.mixed_norm_triton")
-    from clp_kernels import mixed_norm_reference as reference
+    launchers, reference = _modules("mixed_norm")
 
     arguments = (draw.rows(M, draw.shape.D), None, draw.deltas, *draw.weightings(M, M), None, None)
     settings = (1e-6, False, 0.0, False)
@@ -230,7 +233,7 @@ def _mixed_norm(draw: _Draw, M: int) -> Iterator[Case]:
         f"mixed_norm, {M} rows: forward",
         M,
         lambda: launchers.forward(*arguments, *settings),
-        lambda dtype: reference.forward(*_in(dtype, *arguments), *settings),
+        lambda dtype: reference.forward(*_in(dtype, *arguments, *settings)),
     )
 
 

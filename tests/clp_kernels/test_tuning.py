@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton_support import DEVICE, F16, F32
 
-from clp_kernels import launch_configs, launch_tables, mixed_linear, tuning
+from clp_kernels import launch_configs, launch_tables, low_rank_linear, mixed_linear, tuning
 from clp_kernels import mixed_linear_triton as launchers
 from clp_kernels.launch_configs import KERNELS, Key, Tile, observed
 from clp_kernels.tuning_cases import OperatorShape
@@ -108,6 +108,31 @@ def test_one_batch_invariant_tile_serves_every_number_of_rows():
     assert [call(M)[0][key._replace(max_rows=M)] for M in by_rows] == list(by_rows.values())
 
 
+def test_a_low_rank_row_keeps_its_bits_under_a_table_too():
+    """The split of the shrink's sum follows the tile: theirs is one for every number of rows."""
+    g = torch.Generator().manual_seed(0)
+    sizes = ((64, 40), (24, 40), (5, 40), (24, 5), (64, 5))
+    x, base, down, up, gates = (torch.randn(size, generator=g).to(DEVICE) for size in sizes)
+
+    def run(M: int):
+        with observed() as tiles:
+            y = low_rank_linear(x[:M], base, down, up, gates[:M], backend="triton", batch_invariant=True)
+        return tiles, y[0]
+
+    keys = run(16)[0]
+    assert {key.kernel for key in keys} == {"low_rank_linear.shrink", "low_rank_linear.expand"}
+    tables = {}
+    for key, own in keys.items():
+        for M, reduced in ((None, 16), (16, 32), (32, 64), (64, 128)):
+            tables[key._replace(max_rows=M)] = launch_tables.Entry(replace(own, reduced=reduced), 1.0, 2.0)
+    about = (NAME, "2026-01-31", torch.__version__, launch_tables.triton_version())
+    launch_tables.write(launch_tables.user_path(NAME), launch_tables.Table(*about, tables))
+    launch_configs.forget()
+    found = [run(M) for M in (1, 16, 17, 64)]
+    assert all({tile.reduced for tile in tiles.values()} == {16} for tiles, _ in found)
+    assert all(torch.equal(row, found[0][1]) for _, row in found)
+
+
 def test_a_wrong_candidate_does_not_count(monkeypatch):
     """What is fastest, and leaves the last column or a copy out or does not launch, gets no entry."""
     (key, own), *_ = call()[0].items()
@@ -158,19 +183,13 @@ def test_every_kernel_of_the_table_is_measured():
         (OperatorShape("mixed_norm", F16, F32, 2, 1, 40), [5]),
     ]
     looked_up: set[Key] = set()
-    lines: list[str] = []
     for shape, rows in shapes:
-        for key, calls in tuning._by_key(tuning.cases(shape, rows, torch.device(DEVICE))).items():
+        for key, cases in tuning._by_key(tuning.cases(shape, rows, torch.device(DEVICE))).items():
             looked_up.add(key)
-            own = call_tile(key, calls)
-            assert all(one.takes(key, own) for one in calls), key
-    assert {key.kernel for key in looked_up} == set(KERNELS), lines
-
-
-def call_tile(key, calls):
-    with observed() as tiles:
-        calls[0].case.run()
-    return tiles[key]
+            with observed() as tiles:
+                cases[0].run()
+            assert all(tuning._Call(case).takes(key, tiles[key]) for case in cases), key
+    assert {key.kernel for key in looked_up} == set(KERNELS)
 
 
 def test_neighbours_stay_within_the_kernels_limits():
