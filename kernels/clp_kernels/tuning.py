@@ -77,12 +77,14 @@ def tune(
         report: called with a line for each key, and with the path of the table.
 
     Raises:
-        ValueError: rows or sizes below 1, a dtype that the kernels do not take, or (launch_tables.LaunchTableError) an
-            earlier table that cannot be used.
+        ValueError: no shapes or rows, rows or sizes below 1, a dtype that the kernels do not take, or
+            (launch_tables.LaunchTableError) an earlier table that cannot be used.
     """
     name = launch_configs.device_name(device)
     if name is None:
         raise ValueError(f"{device} has no tables: they are for GPUs")
+    if not shapes:
+        raise ValueError("no shapes to measure: the model has no layer that calls a Triton kernel of its own")
     for shape in shapes:
         if min(shape.K, shape.N, shape.D) < 1:
             raise ValueError(f"{shape} has a size below 1")
