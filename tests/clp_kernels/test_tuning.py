@@ -135,7 +135,7 @@ def test_a_low_rank_row_keeps_its_bits_under_a_table_too():
 
 
 def test_a_wrong_candidate_does_not_count(monkeypatch):
-    """What is fastest, and leaves the last column or a copy out or does not launch, gets no entry."""
+    """What is fastest, and leaves the last column unwritten, is a thousandth off or does not launch, gets no entry."""
     (key, own), *_ = call()[0].items()
     forward, launch_error = launchers.forward, launchers.check_tensors.__globals__["LAUNCH_ERROR"]
 
@@ -144,8 +144,10 @@ def test_a_wrong_candidate_does_not_count(monkeypatch):
             y = forward(x, *rest, **how)
         tile = tiles.get(key, own)
         if tile.outs > own.outs:
-            y = y.clone()
-            y[:, -1] = float("nan")
+            values = y.clone()
+            del y  # what lies in new memory are the right values
+            y = torch.empty_like(values)
+            y[:, :-1] = values[:, :-1]
         if tile.num_stages > own.num_stages:
             return y * 1.001
         if tile.num_warps < own.num_warps:
