@@ -144,10 +144,8 @@ def test_a_wrong_candidate_does_not_count(monkeypatch):
             y = forward(x, *rest, **how)
         tile = tiles.get(key, own)
         if tile.outs > own.outs:
-            values = y.clone()
-            del y  # what lies in new memory are the right values
-            y = torch.empty_like(values)
-            y[:, :-1] = values[:, :-1]
+            unwritten_M = torch.empty_like(y[:, 0])
+            y[:, -1] = torch.where(unwritten_M.isnan(), unwritten_M, y[:, -1])  # else what lies there is right
         if tile.num_stages > own.num_stages:
             return y * 1.001
         if tile.num_warps < own.num_warps:
