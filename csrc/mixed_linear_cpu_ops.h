@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_call.h"
 #include "cpu_gemm.h"
 #include "mixed_linear_cpu_plan.h"
 
@@ -39,10 +40,6 @@ void parallel(int64_t size, int64_t work, const Body& body) {
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
-
-// Contiguous, on the CPU, not initialised. Made by the shim: torch::stable::empty looks its operator up by
-// name.
-Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype);
 
 // Floats from torch's allocator, which counts them; on a cache line's boundary, not initialised. Null for a size of 0.
 class Scratch {

@@ -129,16 +129,24 @@ def _compiled_forward_fake(
     down: Tensor,
     up: Tensor,
     gates: Tensor,
-    row_map: Tensor,
+    row_map: Tensor | None,
     bias: Tensor | None,
     keep_shrink: bool,
 ) -> tuple[Tensor, Tensor]:
-    M, R = x.shape[0], down.shape[0]
-    return x.new_empty(M, up.shape[0]), gates.new_empty((M, R) if keep_shrink else (0,))
+    # A tensor on "meta" among others on the CPU comes here too, and must not pass for a result.
+    for tensor in (base, down, up, gates, row_map, bias):
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"low_rank_linear (cpp): tensors on {x.device} and {tensor.device}")
+    M, R = x.shape[:-1].numel(), down.shape[0]
+    return x.new_empty(*x.shape[:-1], up.shape[0]), gates.new_empty((M, R) if keep_shrink else (0,))
 
 
+compiled_op: Any = None
 if extension.missing_reason("cpu") is None:
     torch.library.register_fake("clp::low_rank_linear_cpu_fwd", _compiled_forward_fake, lib=_library)
+    # Its autograd is CompiledLowRankLinear; torch's fallback for operators without one costs a second dispatch.
+    _library.impl("low_rank_linear_cpu_fwd", torch.library.fallthrough_kernel, "Autograd")
+    compiled_op = torch.ops.clp.low_rank_linear_cpu_fwd.default
 
 
 @torch.library.register_fake("clp::low_rank_linear_backward", lib=_library)
