@@ -148,7 +148,8 @@ if extension.missing_reason("cpu") is None:
     torch.library.register_fake("clp::low_rank_linear_cpu_fwd", _compiled_forward_fake, lib=library)
     # Its autograd is CompiledLowRankLinear; torch's fallback for operators without one costs a second dispatch.
     library.impl("low_rank_linear_cpu_fwd", torch.library.fallthrough_kernel, "Autograd")
-    compiled_op = torch.ops.clp.low_rank_linear_cpu_fwd.default
+    # As OpOverload.__call__ calls it: that is 0.35 us of Python.
+    compiled_op = torch.ops.clp.low_rank_linear_cpu_fwd.default._op
 
 
 @torch.library.register_fake("clp::low_rank_linear_backward", lib=library)
