@@ -54,6 +54,12 @@ Tensor checked(const Tensor& tensor, const char* name, std::initializer_list<int
   return as_contiguous(tensor);
 }
 
+bool is_bfloat16(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::BFloat16; }
+
+Tensor as_bfloat16(const Tensor& tensor) {
+  return is_bfloat16(tensor) ? tensor : torch::stable::to(tensor, ScalarType::BFloat16);
+}
+
 // sums[:, begin:end] += x @ weight[begin:end]^T
 void stream(const Tensor& x, const Tensor& weight, int64_t begin, int64_t end, float* sums) {
   const LowRankKernels& kernels = low_rank_kernels();
@@ -211,7 +217,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_cpu_backward(
   if (needs_gates) d_gates = gate.gradient(d_ranks, shrunk);
   if (needs_x || needs_down) gate.apply(d_ranks, d_ranks);
   if (needs_down) product_over_rows(d_down, ranks, x_rows);
-  if (needs_x) {
+  if (needs_x && is_bfloat16(dx) && is_bfloat16(dy_rows) && base && is_bfloat16(base_weight) &&
+      M > kStreamedRows && tile_kernels_in_use()) {
+    // torch's product on tiles adds to what dx holds in float32: the low-rank term alone is rounded before.
+    gemm(dx, as_bfloat16(ranks), as_bfloat16(down_weight), false);
+    gemm(dx, dy_rows, base_weight, true);
+  } else if (needs_x) {
     sum_of_products(dx, {&dy_rows, base ? &base_weight : nullptr}, {&ranks, &down_weight}, nullptr, true);
   }
   if (needs_base) product_over_rows(d_base, dy_rows, x_rows);

@@ -59,15 +59,22 @@ static void release() { __asm__ volatile("tilerelease" : : :); }
 
 #include "mixed_linear_cpu_amx_panels.h"
 
-// out[n, i] = <row n of the panel, row i of x>, [32, 32]; x has one tile of rows, or two that are x_step apart.
-// `fetch`: what lies panel.ahead is fetched ahead.
+// out[n, i] = or, where `add`, += <row n of the panel, row i of x>, [32, 32]; x has one tile of rows, or two that are
+// x_step apart. `fetch`: what lies panel.ahead is fetched ahead.
 template <bool two_outputs, bool two_rows>
 static __attribute__((noinline)) void multiply(const Panel& panel, const Bf16* x, int64_t x_step, int64_t tiles,
-                                               bool fetch, float* out) {
-  CLP_TILE_ZERO(0);
-  if (two_rows) CLP_TILE_ZERO(1);
-  if (two_outputs) CLP_TILE_ZERO(2);
-  if (two_outputs && two_rows) CLP_TILE_ZERO(3);
+                                               bool fetch, bool add, float* out) {
+  if (add) {
+    CLP_TILE_LOAD(0, out, kOutputs * 4);
+    if (two_rows) CLP_TILE_LOAD(1, out + kTile, kOutputs * 4);
+    if (two_outputs) CLP_TILE_LOAD(2, out + kTile * kOutputs, kOutputs * 4);
+    if (two_outputs && two_rows) CLP_TILE_LOAD(3, out + kTile * kOutputs + kTile, kOutputs * 4);
+  } else {
+    CLP_TILE_ZERO(0);
+    if (two_rows) CLP_TILE_ZERO(1);
+    if (two_outputs) CLP_TILE_ZERO(2);
+    if (two_outputs && two_rows) CLP_TILE_ZERO(3);
+  }
   const char *low = panel.low, *high = panel.high;
   for (int64_t t = 0; t < tiles; t++, low += panel.tile_step, high += panel.tile_step, x += kTileSize) {
     if (fetch) {
@@ -103,13 +110,19 @@ struct Block {
   Bf16* scratch;
 };
 
-// Adds c times the stream's products with up to 32 rows of x to their sums; c per row, null: 1.
-static void add_products(const Block& block, const Panel& panel, const Bf16* x, int64_t x_step, int64_t tiles,
-                         bool two_rows, bool fetch, const float* c, float* sums) {
+// Adds c times the stream's products with up to 32 rows of x to their sums; c per row, null: 1. `rest`: what is left of
+// the rows in x, or null; it is multiplied by the first part of the weights alone.
+static void add_products(const Block& block, const Panel& panel, const Bf16* x, const Bf16* rest, int64_t x_step,
+                         int64_t tiles, bool two_rows, bool fetch, const float* c, float* sums) {
   const bool two_outputs = block.count > kTile;
   const auto run = two_outputs ? (two_rows ? multiply<true, true> : multiply<true, false>)
                                : (two_rows ? multiply<false, true> : multiply<false, false>);
-  run(panel, x, x_step, tiles, fetch, block.products);
+  run(panel, x, x_step, tiles, fetch, false, block.products);
+  if (rest) {
+    Panel first_part = panel;
+    first_part.parts = 1;
+    run(first_part, rest, x_step, tiles, false, true, block.products);
+  }
   for (int64_t i = 0; i < (two_rows ? 2 * kTile : kTile); i += kWidth) {
     const Vec factor = c ? load(c + i) : splat(1.0f);
     for (int64_t n = 0; n < block.count; n++) {
@@ -122,7 +135,7 @@ static void add_products(const Block& block, const Panel& panel, const Bf16* x, 
 // Adds the streams' products with the packed rows to their sums; c [K, block.step] where the streams are copies.
 template <typename Weight, int most_parts>
 static void add_streams(const Block& block, const Streams<Weight, most_parts>& streams, const Bf16* rows,
-                        int64_t num_rows, const float* c, bool upper_only = false) {
+                        int64_t num_rows, const float* c, const Bf16* rest = nullptr) {
   const int64_t tiles = tile_terms(streams.D) / kTerms, x_step = tiles * kTileSize;
   if (!streams.are_tiles()) copy_to_tiles(streams, block.scratch);
   for (int64_t m = 0; m < num_rows; m += 2 * kTile) {
@@ -130,9 +143,9 @@ static void add_streams(const Block& block, const Streams<Weight, most_parts>& s
     for (int64_t a = 0; a < streams.num_copies; a++) {
       const float* factors = streams.copies ? c + streams.copies[a] * block.step + m : nullptr;
       const bool fetch = streams.are_tiles() && m == 0;
-      Panel panel = panel_of(streams, a, block.scratch);
-      if (upper_only) panel.parts = 1;
-      add_products(block, panel, x, x_step, tiles, num_rows - m > kTile, fetch, factors, block.sums + m);
+      const Bf16* left = rest ? rest + m / kTile * x_step : nullptr;
+      add_products(block, panel_of(streams, a, block.scratch), x, left, x_step, tiles, num_rows - m > kTile, fetch,
+                   factors, block.sums + m);
     }
   }
 }
@@ -222,10 +235,10 @@ CLP_INLINE void add_term(const TileSums& job, const Block& block, const TileTerm
   const int64_t length = term.length;
   if (term.parts > 2) {
     const Streams<Weight, 3> streams{rows, length, block.count, length, nullptr, 1};
-    add_streams(block, streams, term.rows, job.rows, nullptr);
+    add_streams(block, streams, term.rows, job.rows, nullptr, term.rest);
   } else {
     const Streams<Weight> streams{rows, length, block.count, length, nullptr, 1};
-    add_streams(block, streams, term.rows, job.rows, nullptr, term.parts < 2);
+    add_streams(block, streams, term.rows, job.rows, nullptr, term.rest);
   }
 }
 

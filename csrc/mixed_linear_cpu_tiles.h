@@ -30,7 +30,8 @@ struct TileTerm {
   Dtype dtype;
   int64_t length;
   const Bf16* rows;          // packed
-  int parts;                 // 1 to 3 bfloat16s for each weight of another dtype: 8, 16 or 24 bits of it
+  const Bf16* rest;          // packed; null, or what is left of float32 rows, for 16 bits of them
+  int parts;                 // 2 or 3 bfloat16s for each weight of another dtype: 16 or 24 bits of it
 };
 
 // y[m, n] = sum over terms of <row m, weight row n>, and the bias.
