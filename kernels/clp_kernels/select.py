@@ -42,9 +42,6 @@ FORMS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-# What asks for the compiled CPU operators, where they are built.
-_MAY_BE_COMPILED = ("auto", "cpp") if extension.missing_reason("cpu") is None else ()
-
 PANEL_ROWS = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
 SEGMENT_ROWS = 256
 DECODE_ROWS = 64
@@ -135,7 +132,8 @@ def runs_compiled(x: Tensor, backend: str | None) -> bool:
     """
     return (
         x.is_cpu
-        and (requested_backend() if backend is None else backend) in _MAY_BE_COMPILED
+        and (requested_backend() if backend is None else backend) in ("auto", "cpp")
+        and extension.missing_reason("cpu") is None
         and not torch._C._are_functorch_transforms_active()
         and not torch.compiler.is_compiling()
     )
