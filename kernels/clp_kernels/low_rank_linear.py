@@ -52,9 +52,11 @@ def low_rank_linear(
             the weights; "triton" takes one tile and one split for any number of rows. The reference refuses it.
 
     Returns:
-        [..., N] in x's dtype. Back-ends "cpp" and "triton" add base and low-rank term in float32 and round once; the
-        reference rounds a 16-bit base term before (see `low_rank_linear_ref`), and with `base=None` so does the
-        caller's sum. Beside 16-bit rows "triton" multiplies float32 operands in TF32.
+        [..., N] in x's dtype. Back-ends "cpp" and "triton" add base and low-rank term in float32 and round once. Of
+        bfloat16 rows on AMX "cpp" keeps 16 bits of the gated ranks and of float32 `up`; of 384 or more without a bias,
+        beside a bfloat16 base, the low-rank term is a bfloat16 of its own before it is added. The reference rounds a
+        16-bit base term before (see `low_rank_linear_ref`), and with `base=None` so does the caller's sum. Beside
+        16-bit rows "triton" multiplies float32 operands in TF32.
         Gradients for every floating argument that needs one, in its dtype, reduced in float32; saved for them beyond
         the arguments is `x @ down.T`, [M, R] float32.
 
