@@ -22,11 +22,49 @@ void product_over_rows(Tensor& out, const Tensor& a, const Tensor& b);
 
 Tensor as_float(const Tensor& tensor);
 
-// Returns y [M, N] and, where keep_shrink, x @ down^T [M, R] in float32 (else an empty tensor).
-std::tuple<Tensor, Tensor> low_rank_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base,
-                                                   const Tensor& down, const Tensor& up, const Tensor& gates,
-                                                   const Tensor& row_map, const std::optional<Tensor>& bias,
-                                                   bool keep_shrink);
+// What a call's terms are made of, checked and contiguous: x [..., D] of M rows, base [N, D] and bias [N], or null.
+struct LowRankArgs {
+  const Tensor& x;
+  const Tensor *base, *bias;
+  const Tensor &down, &up;   // [R, D], [N, R]
+  int64_t M, D, N, R;
+};
+
+// The gates [S, R] and row map [M] of a call.
+class Gates {
+ public:
+  Gates(const Tensor& gates, const Tensor& row_map, int64_t M, int64_t R);
+
+  const float* of_row(int64_t m) const { return gates_ + row_map_[m] * R; }
+  // out[m] = rows[m] * gates[row_map[m]], [M, R]; out may be rows.
+  void apply(const float* rows, float* out) const;
+  // d_gates[s] = the sum of d_rows[m] * rows[m] over the rows m of weighting s, in float64 and in the rows' order.
+  Tensor gradient(const float* d_rows, const float* rows) const;
+
+  const int64_t M, R;
+  int64_t S;
+
+ private:
+  Tensor gates_tensor_, row_map_tensor_;
+  const float* gates_;
+  const int32_t* row_map_;
+};
+
+struct TileKernels;
+
+// Fills y [M, N], bfloat16 as x, and shrink [M, R] with x @ down^T.
+void run_low_rank_tiles(const TileKernels& kernels, const LowRankArgs& args, const Gates& gates, Tensor& y,
+                        float* shrink);
+
+// `tensor`, contiguous, as a matrix.
+Tensor matrix_of(const Tensor& tensor, int64_t rows, int64_t columns);
+
+// Checks that the arguments fit: gates [S, R] with a row map of x's leading sizes, or [..., R] whose leading sizes are
+// the first of x's. Returns y [..., N] and, where keep_shrink, x @ down^T [M, R] in float32 (else an empty tensor).
+std::tuple<Tensor, Tensor> low_rank_linear_cpu_call(const Tensor& x, const std::optional<Tensor>& base,
+                                                    const Tensor& down, const Tensor& up, const Tensor& gates,
+                                                    const std::optional<Tensor>& row_map,
+                                                    const std::optional<Tensor>& bias, bool keep_shrink);
 
 // Returns the gradients of x, base, down, up and gates; an empty tensor for one that is not needed.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_linear_cpu_backward(

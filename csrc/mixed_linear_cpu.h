@@ -134,7 +134,7 @@ struct Kernels {
 // Floats that one thread of `rows` needs: sums of a group's streams, and its mixed weights.
 inline int64_t rows_scratch(const Kernels& kernels, const RowsJob& job) {
   const int64_t sums = kernels.group * (job.streams.count + 2) * job.num_panels * kernels.panel_rows;
-  return sums + kernels.group * job.weights.D;
+  return sums + (job.dots ? 0 : kernels.group * job.weights.D);
 }
 
 extern const Kernels kernels_portable;

@@ -23,7 +23,7 @@ static void pack(const Bf16* x, int64_t rows, int64_t D, int64_t tile_begin, int
 }
 
 // 32 outputs' weights of one stream as tiles: rows `row_step` bytes apart, tiles of the same outputs `tile_step`. A
-// stream that is no bfloat16 has two parts, whose sum has at least 16 bits of each float32.
+// stream that is no bfloat16 has two parts, whose sum has at least 16 bits of each float32, or three, which have all.
 struct Panel {
   const char *low, *high;    // outputs 0 to 15, 16 to 31
   int64_t row_step, tile_step;
@@ -31,50 +31,59 @@ struct Panel {
   int64_t ahead;             // from here to what is to be fetched ahead; 0: nothing
 };
 
-// 32 values of a row of weights as two bfloat16s each, the upper half of a float32 and the rest of it.
-template <typename Weight>
-CLP_INLINE void split(const Weight* from, int64_t count, Bf16* upper, Bf16* rest) {
-  Vec value[2];
+// The upper halves of 32 float32s.
+CLP_INLINE __m512i upper_halves(const __m512i (&bits)[2]) {
+  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
+                                       23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  return _mm512_permutex2var_epi16(bits[0], odd, bits[1]);
+}
+
+// 32 values of a row of weights as `parts` bfloat16s each, `step` apart: the upper half of a float32, then that of the
+// rest of it, the last one rounded.
+template <int parts, typename Weight>
+CLP_INLINE void split(const Weight* from, int64_t count, Bf16* out, int64_t step) {
+  Vec left[2];
   if (count >= kTerms) {
-    value[0] = load(from);
-    value[1] = load(from + kWidth);
+    left[0] = load(from);
+    left[1] = load(from + kWidth);
   } else {
     alignas(64) float values[kTerms] = {};
     for (int64_t i = 0; i < count; i++) values[i] = load_one(from + i);
-    value[0] = load(values);
-    value[1] = load(values + kWidth);
+    left[0] = load(values);
+    left[1] = load(values + kWidth);
   }
   const __m512i mask = _mm512_set1_epi32((int)0xffff0000);
-  Vec left[2];
-  __m512i upper_bits[2];
 #pragma GCC unroll 2
-  for (int i = 0; i < 2; i++) {
-    upper_bits[i] = _mm512_and_si512((__m512i)value[i], mask);
-    left[i] = value[i] - (Vec)upper_bits[i];
+  for (int part = 0; part + 1 < parts; part++) {
+    __m512i bits[2];
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+      bits[i] = _mm512_and_si512((__m512i)left[i], mask);
+      left[i] -= (Vec)bits[i];
+    }
+    _mm512_store_si512(out + part * step, upper_halves(bits));
   }
-  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25,
-                                       23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  _mm512_store_si512(upper, _mm512_permutex2var_epi16(upper_bits[0], odd, upper_bits[1]));
-  _mm512_store_si512(rest, (__m512i)_mm512_cvtne2ps_pbh((__m512)left[1], (__m512)left[0]));
+  _mm512_store_si512(out + (parts - 1) * step, (__m512i)_mm512_cvtne2ps_pbh((__m512)left[1], (__m512)left[0]));
 }
 
-CLP_INLINE void split(const Bf16* from, int64_t count, Bf16* upper, Bf16*) {
+template <int parts>
+CLP_INLINE void split(const Bf16* from, int64_t count, Bf16* out, int64_t) {
   const __mmask32 valid = count >= kTerms ? ~(__mmask32)0 : (__mmask32)(((uint64_t)1 << count) - 1);
-  _mm512_store_si512(upper, _mm512_maskz_loadu_epi16(valid, from));
+  _mm512_store_si512(out, _mm512_maskz_loadu_epi16(valid, from));
 }
 
 constexpr bool is_bfloat16(const Bf16*) { return true; }
 constexpr bool is_bfloat16(const void*) { return false; }
 
 // The rows of `count` outputs, row_step apart, of one stream, or of those that `copies` lists.
-template <typename Weight>
+template <typename Weight, int most_parts = 2>
 struct Streams {
   const Weight* rows;
   int64_t row_step, count, D;
   const int32_t* copies;     // null: one stream
   int64_t num_copies;
 
-  static constexpr int64_t parts = is_bfloat16((const Weight*)nullptr) ? 1 : 2;
+  static constexpr int parts = is_bfloat16((const Weight*)nullptr) ? 1 : most_parts;
   CLP_INLINE_MEMBER const Weight* at(int64_t a) const { return rows + (copies ? copies[a] * D : 0); }
   // Whether the rows, as they lie in memory, are rows of tiles.
   CLP_INLINE_MEMBER bool are_tiles() const { return parts == 1 && D % kTerms == 0 && count % kTile == 0; }
@@ -84,9 +93,10 @@ struct Streams {
 // each row fetched ahead. Measured with K = 2 float32 copies beside a bfloat16 base, 2048 x 2048, 32 rows, one core,
 // weights in memory, in units of the time of a sum over the same bytes: 1.4 to 1.6, as with one output or four side by
 // side; 128 terms of all outputs at once, to stay in the first-level cache, 1.6 to 2.1.
-template <typename Weight>
-static void copy_to_tiles(const Streams<Weight>& streams, Bf16* scratch) {
-  constexpr int64_t parts = Streams<Weight>::parts, together = 2, line = 64 / sizeof(Weight), ahead = 8 * line;
+template <typename Weight, int most_parts>
+static void copy_to_tiles(const Streams<Weight, most_parts>& streams, Bf16* scratch) {
+  constexpr int parts = Streams<Weight, most_parts>::parts;
+  constexpr int64_t together = 2, line = 64 / sizeof(Weight), ahead = 8 * line;
   const int64_t D = streams.D, part = kOutputs * tile_terms(D);
   if (streams.count < kOutputs) __builtin_memset(scratch, 0, streams.num_copies * parts * part * sizeof(Bf16));
   for (int64_t n = 0; n < streams.count; n += together) {
@@ -99,7 +109,7 @@ static void copy_to_tiles(const Streams<Weight>& streams, Bf16* scratch) {
         for (int64_t i = 0; i < outputs; i++) {
           const Weight* row = first + i * streams.row_step;
           for (int64_t t = 0; t < kTerms; t += line) __builtin_prefetch(row + next + t);
-          split(row + d, D - d, to + i * kTerms, to + i * kTerms + part);
+          split<parts>(row + d, D - d, to + i * kTerms, part);
         }
       }
     }
@@ -107,14 +117,14 @@ static void copy_to_tiles(const Streams<Weight>& streams, Bf16* scratch) {
 }
 
 // Stream `a` as tiles: where it lies in memory, or as copy_to_tiles has left it.
-template <typename Weight>
-static Panel panel_of(const Streams<Weight>& streams, int64_t a, const Bf16* scratch) {
+template <typename Weight, int most_parts>
+static Panel panel_of(const Streams<Weight, most_parts>& streams, int64_t a, const Bf16* scratch) {
   if (streams.are_tiles()) {
     const char* first = (const char*)streams.at(a);
     const int64_t step = streams.row_step * sizeof(Weight);
     return {first, first + kTile * step, step, kTerms * sizeof(Weight), 1, 0, kOutputs * step};
   }
-  const int64_t part = kOutputs * tile_terms(streams.D), parts = Streams<Weight>::parts;
+  const int64_t part = kOutputs * tile_terms(streams.D), parts = streams.parts;
   const char* first = (const char*)(scratch + a * parts * part);
   const int64_t tile = kTileSize * sizeof(Bf16), row = kTerms * sizeof(Bf16);
   return {first, first + tile, row, 2 * tile, parts, part * (int64_t)sizeof(Bf16), 0};

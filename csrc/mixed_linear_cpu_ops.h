@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu_call.h"
 #include "cpu_gemm.h"
 #include "mixed_linear_cpu_plan.h"
 
@@ -40,10 +41,6 @@ inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Contiguous, on the CPU, not initialised. Made by the shim: torch::stable::empty looks its operator up by
-// name.
-Tensor empty_tensor(const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype);
-
 // Floats from torch's allocator, which counts them; on a cache line's boundary, not initialised. Null for a size of 0.
 class Scratch {
  public:
@@ -55,19 +52,28 @@ class Scratch {
   float* data_ = nullptr;
 };
 
-// The same for each thread of a parallel section.
+// The same for each thread of a parallel section. Few lie in the object itself: a tensor costs a small call a third of a
+// microsecond.
 class ThreadScratch {
  public:
-  explicit ThreadScratch(int64_t size) : size_(ceil_div(size, 16) * 16), all_(size_ * num_threads()) {}
+  explicit ThreadScratch(int64_t size)
+      : size_(ceil_div(size, 16) * 16), threads_(num_threads()), all_(is_small() ? 0 : size_ * threads_) {}
+  ThreadScratch(const ThreadScratch&) = delete;
+  ThreadScratch& operator=(const ThreadScratch&) = delete;
   float* get() const {
+    if (size_ == 0) return nullptr;
     uint32_t thread = 0;
     TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&thread));
-    return all_.get() + thread * size_;
+    return (is_small() ? const_cast<float*>(few_) : all_.get()) + thread * size_;
   }
 
  private:
-  int64_t size_;
+  static constexpr int64_t kFew = 4096;
+  bool is_small() const { return size_ * threads_ <= kFew; }
+
+  int64_t size_, threads_;
   Scratch all_;
+  alignas(64) float few_[kFew];
 };
 
 Dtype dtype_of(const Tensor& tensor, const char* name);

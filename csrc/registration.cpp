@@ -55,7 +55,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clp, m) {
       "bool needs_weight, bool needs_weight_deltas, bool needs_bias, bool needs_bias_deltas, bool needs_coefficients) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "low_rank_linear_cpu_fwd(Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, Tensor row_map, "
+      "low_rank_linear_cpu_fwd(Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, Tensor? row_map, "
       "Tensor? bias, bool keep_shrink) -> (Tensor, Tensor)");
   m.def(
       "low_rank_linear_cpu_backward(Tensor dy, Tensor shrink, Tensor x, Tensor? base, Tensor down, Tensor up, "
@@ -85,7 +85,7 @@ STABLE_TORCH_LIBRARY_IMPL(clp, CPU, m) {
   m.impl("mixed_embedding_cpu_backward", TORCH_BOX(&clp::mixed_embedding_cpu_backward));
   m.impl("mixed_norm_cpu_fwd", TORCH_BOX(&clp::mixed_norm_cpu_fwd));
   m.impl("mixed_norm_cpu_backward", TORCH_BOX(&clp::mixed_norm_cpu_backward));
-  m.impl("low_rank_linear_cpu_fwd", TORCH_BOX(&clp::low_rank_linear_cpu_fwd));
+  m.impl("low_rank_linear_cpu_fwd", TORCH_BOX(&clp::low_rank_linear_cpu_call));
   m.impl("low_rank_linear_cpu_backward", TORCH_BOX(&clp::low_rank_linear_cpu_backward));
   m.impl("mixed_linear_logprob_cpu_fwd", TORCH_BOX(&clp::logprob::mixed_linear_logprob_cpu_fwd));
   m.impl("mixed_linear_logprob_cpu_backward", TORCH_BOX(&clp::logprob::mixed_linear_logprob_cpu_backward));

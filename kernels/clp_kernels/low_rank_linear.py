@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from clp_kernels.arguments import autocast, flatten_low_rank_rows
-from clp_kernels.low_rank_linear_ops import low_rank_linear_fwd_op, low_rank_linear_op
-from clp_kernels.select import OperatorCall, resolve
+from clp_kernels.low_rank_linear_autograd import compiled_with_autograd
+from clp_kernels.low_rank_linear_ops import compiled_op, low_rank_linear_fwd_op, low_rank_linear_op
+from clp_kernels.select import OperatorCall, resolve, runs_compiled
 
 
 def low_rank_linear(
@@ -51,9 +52,11 @@ def low_rank_linear(
             the weights; "triton" takes one tile and one split for any number of rows. The reference refuses it.
 
     Returns:
-        [..., N] in x's dtype. Back-ends "cpp" and "triton" add base and low-rank term in float32 and round once; the
-        reference rounds a 16-bit base term before (see `low_rank_linear_ref`), and with `base=None` so does the
-        caller's sum. Beside 16-bit rows "triton" multiplies float32 operands in TF32.
+        [..., N] in x's dtype. Back-ends "cpp" and "triton" add base and low-rank term in float32 and round once. Of
+        bfloat16 rows on AMX "cpp" keeps 16 bits of the gated ranks and of float32 `up`; of 384 or more without a bias,
+        beside a bfloat16 base, the low-rank term is a bfloat16 of its own before it is added. The reference rounds a
+        16-bit base term before (see `low_rank_linear_ref`), and with `base=None` so does the caller's sum. Beside
+        16-bit rows "triton" multiplies float32 operands in TF32.
         Gradients for every floating argument that needs one, in its dtype, reduced in float32; saved for them beyond
         the arguments is `x @ down.T`, [M, R] float32.
 
@@ -63,20 +66,23 @@ def low_rank_linear(
 
     Reference: LoRA, arXiv 2106.09685, equation 3; its conditioned forms: Panacea, arXiv 2402.02030.
     """
-    x = autocast(x)
+    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+        x = autocast(x)
+    needs_grad = torch.is_grad_enabled() and (
+        up.requires_grad or x.requires_grad or any(t is not None and t.requires_grad for t in (base, down, gates, bias))
+    )
+    if not batch_invariant and runs_compiled(x, backend):
+        try:
+            if needs_grad:
+                return compiled_with_autograd(x, base, down, up, gates, row_map, bias)
+            return compiled_op(x, base, down, up, gates, row_map, bias, False)[0]
+        except RuntimeError:
+            pass  # as in mixed_linear: the long way names the argument that does not fit, or takes the reference
     rows = flatten_low_rank_rows(x, base, down, up, gates, bias, row_map)
-    x_MD = rows.x_MD
     floats = {"x": x, "base": base, "down": down, "up": up}
     dtypes = {field: tensor.dtype for field, tensor in floats.items() if tensor is not None}
     name = resolve(backend, OperatorCall("low_rank_linear", x.device.type, dtypes, batch_invariant))
-    tensors = (x, base, down, up, gates, bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    arguments = (x_MD, base, down, up, rows.c_SK, rows.row_map_M, bias)
-    # As in mixed_linear: an op without an autograd key where nothing needs a gradient, if possible the compiled one.
-    if needs_grad:
-        y_MN = low_rank_linear_op(*arguments, name, batch_invariant)[0]
-    elif name == "cpp" and not batch_invariant:
-        y_MN = torch.ops.clp.low_rank_linear_cpu_fwd.default(*arguments, False)[0]
-    else:
-        y_MN = low_rank_linear_fwd_op(*arguments, name, batch_invariant)
+    arguments = (rows.x_MD, base, down, up, rows.c_SK, rows.row_map_M, bias, name, batch_invariant)
+    # As in mixed_linear: an op without an autograd key where nothing needs a gradient.
+    y_MN = low_rank_linear_op(*arguments)[0] if needs_grad else low_rank_linear_fwd_op(*arguments)
     return y_MN.view(*x.shape[:-1], up.shape[0])

@@ -1,6 +1,7 @@
-"""low_rank_linear as registered operators: fakes for torch.compile, autograd, and the way to each back-end's launcher.
+"""low_rank_linear as registered operators: fakes for torch.compile, and the way to each back-end's launcher.
 
-The compiled operators are declared in csrc/registration.cpp. Shapes: M rows, D in, N out, R ranks, S weightings.
+The compiled operators are declared in csrc/registration.cpp. Their autograd is in low_rank_linear_autograd.py. Shapes:
+M rows, D in, N out, R ranks, S weightings.
 """
 
 from __future__ import annotations
@@ -8,19 +9,19 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clp_kernels import extension
 
-_library = torch.library.Library("clp", "FRAGMENT")
+library = torch.library.Library("clp", "FRAGMENT")
 _HOW = "str backend, bool batch_invariant=False"
 _INPUTS = f"Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, Tensor row_map, Tensor? bias, {_HOW}"
-_library.define(f"low_rank_linear({_INPUTS}) -> (Tensor y, Tensor shrink)")
-_library.define(f"low_rank_linear_fwd({_INPUTS}) -> Tensor")
-_library.define(
+library.define(f"low_rank_linear({_INPUTS}) -> (Tensor y, Tensor shrink)")
+library.define(f"low_rank_linear_fwd({_INPUTS}) -> Tensor")
+library.define(
     "low_rank_linear_backward(Tensor dy, Tensor shrink, Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, "
     f"Tensor row_map, bool needs_x, bool needs_base, bool needs_down, bool needs_up, bool needs_gates, {_HOW}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -28,6 +29,7 @@ _library.define(
 
 low_rank_linear_op = torch.ops.clp.low_rank_linear.default  # with autograd; also returns x @ down.T
 low_rank_linear_fwd_op = torch.ops.clp.low_rank_linear_fwd.default  # the same values, no autograd key
+backward_op = torch.ops.clp.low_rank_linear_backward.default
 
 
 @functools.cache
@@ -36,7 +38,7 @@ def _launcher(backend: str) -> ModuleType:
     return importlib.import_module(f"clp_kernels.low_rank_linear_{backend}")
 
 
-@torch.library.impl(_library, "low_rank_linear", "CompositeExplicitAutograd")
+@torch.library.impl(library, "low_rank_linear", "CompositeExplicitAutograd")
 def _forward(
     x: Tensor,
     base: Tensor | None,
@@ -51,7 +53,7 @@ def _forward(
     return _launcher(backend).forward(x, base, down, up, gates, row_map, bias, True, batch_invariant=batch_invariant)
 
 
-@torch.library.impl(_library, "low_rank_linear_fwd", "CompositeExplicitAutograd")
+@torch.library.impl(library, "low_rank_linear_fwd", "CompositeExplicitAutograd")
 def _forward_only(
     x: Tensor,
     base: Tensor | None,
@@ -67,7 +69,7 @@ def _forward_only(
     return _launcher(backend).forward(*arguments, batch_invariant=batch_invariant)[0]
 
 
-@torch.library.impl(_library, "low_rank_linear_backward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "low_rank_linear_backward", "CompositeExplicitAutograd")
 def _backward_op(
     dy: Tensor,
     shrink: Tensor,
@@ -93,7 +95,7 @@ def _backward_op(
     return tuple(t.new_empty(0) if g is None else g for g, t in zip(gradients, inputs, strict=True))
 
 
-@torch.library.register_fake("clp::low_rank_linear", lib=_library)
+@torch.library.register_fake("clp::low_rank_linear", lib=library)
 def _forward_fake(
     x: Tensor,
     base: Tensor | None,
@@ -108,7 +110,7 @@ def _forward_fake(
     return x.new_empty(x.shape[0], up.shape[0]), gates.new_empty(x.shape[0], down.shape[0])
 
 
-@torch.library.register_fake("clp::low_rank_linear_fwd", lib=_library)
+@torch.library.register_fake("clp::low_rank_linear_fwd", lib=library)
 def _forward_only_fake(
     x: Tensor,
     base: Tensor | None,
@@ -129,19 +131,28 @@ def _compiled_forward_fake(
     down: Tensor,
     up: Tensor,
     gates: Tensor,
-    row_map: Tensor,
+    row_map: Tensor | None,
     bias: Tensor | None,
     keep_shrink: bool,
 ) -> tuple[Tensor, Tensor]:
-    M, R = x.shape[0], down.shape[0]
-    return x.new_empty(M, up.shape[0]), gates.new_empty((M, R) if keep_shrink else (0,))
+    # A tensor on "meta" among others on the CPU comes here too, and must not pass for a result.
+    for tensor in (base, down, up, gates, row_map, bias):
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"low_rank_linear (cpp): tensors on {x.device} and {tensor.device}")
+    M, R = x.shape[:-1].numel(), down.shape[0]
+    return x.new_empty(*x.shape[:-1], up.shape[0]), gates.new_empty((M, R) if keep_shrink else (0,))
 
 
+compiled_op: Any = None
 if extension.missing_reason("cpu") is None:
-    torch.library.register_fake("clp::low_rank_linear_cpu_fwd", _compiled_forward_fake, lib=_library)
+    torch.library.register_fake("clp::low_rank_linear_cpu_fwd", _compiled_forward_fake, lib=library)
+    # Its autograd is CompiledLowRankLinear; torch's fallback for operators without one costs a second dispatch.
+    library.impl("low_rank_linear_cpu_fwd", torch.library.fallthrough_kernel, "Autograd")
+    # As OpOverload.__call__ calls it: that is 0.35 us of Python.
+    compiled_op = torch.ops.clp.low_rank_linear_cpu_fwd.default._op
 
 
-@torch.library.register_fake("clp::low_rank_linear_backward", lib=_library)
+@torch.library.register_fake("clp::low_rank_linear_backward", lib=library)
 def _backward_fake(
     dy: Tensor,
     shrink: Tensor,
@@ -162,45 +173,3 @@ def _backward_fake(
     inputs = (x, x if base is None else base, down, up, gates)
     needs = (needs_x, needs_base, needs_down, needs_up, needs_gates)
     return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in zip(inputs, needs, strict=True))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, base, down, up, gates, row_map, bias, backend, batch_invariant = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-    # References to the layer's own parameters and input, and the shrink; never the low-rank part of y.
-    ctx.save_for_backward(output[1], x, base, down, up, gates, row_map)
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.how = (backend, batch_invariant)
-
-
-def _backward(ctx: Any, dy: Tensor | None, d_shrink: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 9
-    shrink, x, base, down, up, gates, row_map = ctx.saved_tensors
-    needs_x, needs_base, needs_down, needs_up, needs_gates, _, needs_bias, *_ = ctx.needs_input_grad
-    dy = dy.contiguous()
-    needs = (needs_x, needs_base, needs_down, needs_up, needs_gates)
-    gradients: tuple[Tensor | None, ...] = (None,) * 5
-    if any(needs):
-        found = torch.ops.clp.low_rank_linear_backward(dy, shrink, x, base, down, up, gates, row_map, *needs, *ctx.how)
-        gradients = tuple(g if needed else None for g, needed in zip(found, needs, strict=True))
-    d_bias = dy.sum(0, dtype=gates.dtype).to(ctx.bias_dtype) if needs_bias else None
-    return *gradients, None, d_bias, None, None
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "clp_kernels.low_rank_linear has no second derivative; call low_rank_linear_ref, which plain autograd "
-        "differentiates twice"
-    )
-
-
-def _no_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    pass
-
-
-torch.library.register_autograd("clp::low_rank_linear", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd(
-    "clp::low_rank_linear_backward", _double_backward, setup_context=_no_context, lib=_library
-)

@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels import extension
 from clp_kernels.arguments import Rows, autocast, check_main_grad, flatten_rows
-from clp_kernels.backend import requested_backend
 from clp_kernels.mixed_linear_autograd import compiled_with_autograd
 from clp_kernels.mixed_linear_ops import compiled_op, mixed_linear_fwd_op, mixed_linear_op
-from clp_kernels.select import CPP_DTYPES, Problem, resolve
+from clp_kernels.select import Problem, resolve, runs_compiled
 
 
 def mixed_linear(
@@ -70,7 +68,7 @@ def mixed_linear(
         or x.requires_grad
         or any(t is not None and t.requires_grad for t in (base, coefficients, bias, bias_deltas))
     )
-    if _runs_compiled(x, backend):
+    if runs_compiled(x, backend):
         run = compiled_with_autograd if needs_grad else compiled_op
         try:
             return run(x, base, deltas, coefficients, row_map, bias, bias_deltas, batch_invariant)
@@ -106,22 +104,6 @@ def backend_for(
     """
     rows = flatten_rows(autocast(x), base, deltas, coefficients, bias, bias_deltas, row_map)
     return _resolve(backend, rows, base, deltas, batch_invariant)
-
-
-def _runs_compiled(x: Tensor, backend: str | None) -> bool:
-    """Return whether to try the compiled CPU operator at once, for calls that `resolve` gives it for the most part.
-
-    torch.compile takes the registered operators instead: the compiled graph has none of their Python. torch.func's
-    transforms get torch's own error there: they have no rule for custom operators.
-    """
-    return (
-        x.is_cpu
-        and x.dtype in CPP_DTYPES
-        and (requested_backend() if backend is None else backend) in ("auto", "cpp")
-        and extension.missing_reason("cpu") is None
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _resolve(requested: str | None, rows: Rows, base: Tensor | None, deltas: Tensor, batch_invariant: bool) -> str:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from clp_kernels import extension
 from clp_kernels.backend import available_backends, check_backend_name, missing_reason, requested_backend
 
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of the GPU back-ends too
@@ -120,6 +122,21 @@ def resolve(requested: str | None, problem: Problem | OperatorCall) -> str:
         remedy = "call without it" if name == "reference" else "use backend='auto' or 'reference'"
         raise ValueError(f"back-end {name!r} does not take this call: {reason}; {remedy}")
     return name
+
+
+def runs_compiled(x: Tensor, backend: str | None) -> bool:
+    """Return whether to try the compiled CPU operator at once, for calls that `resolve` gives it for the most part.
+
+    torch.compile takes the registered operators instead: the compiled graph has none of their Python. torch.func's
+    transforms get torch's own error there: they have no rule for custom operators.
+    """
+    return (
+        x.is_cpu
+        and (requested_backend() if backend is None else backend) in ("auto", "cpp")
+        and extension.missing_reason("cpu") is None
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def select(problem: Problem | OperatorCall, missing: Mapping[str, str | None]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -267,10 +268,11 @@ def test_one_row_without_leading_sizes(backend):
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_streamed_bits_depend_on_the_row_alone(isa, threads):
+def test_streamed_bits_depend_on_the_row_alone(isa, threads, dtype):
     before = torch.get_num_threads()
-    a = make_problem(16, 300, 400, 24)
+    a = make_problem(16, 300, 400, 24, dtype)
     whole = low_rank_linear(**a, **CPP)
     try:
         torch.set_num_threads(threads)
@@ -279,3 +281,55 @@ def test_streamed_bits_depend_on_the_row_alone(isa, threads):
             assert torch.equal(low_rank_linear(**one, **CPP)[0], whole[m])
     finally:
         torch.set_num_threads(before)
+
+
+@needs_cpp
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_eager_calls_run_the_compiled_operator_at_once(monkeypatch, requires_grad):
+    """No row map, no view, no choice of a back-end in Python: what they would call is not there."""
+    # By name: the attribute of the package is the function.
+    monkeypatch.setattr(importlib.import_module("clp_kernels.low_rank_linear"), "flatten_low_rank_rows", None)
+    a = make_problem(6, 8, 5, 3)
+    a["up"].requires_grad_(requires_grad)
+    y = low_rank_linear(**a)
+    assert y.requires_grad == requires_grad
+    torch.testing.assert_close(y, low_rank_linear_ref(**a), rtol=1e-5, atol=1e-5)
+
+
+needs_tiles = pytest.mark.skipif("amx_bf16" not in ISAS, reason="this processor multiplies no tiles of bfloat16 (AMX)")
+
+
+@needs_tiles
+@pytest.mark.parametrize("base", [BF16, F32])
+@pytest.mark.parametrize("adapters", [BF16, F32])
+def test_tiles_of_many_rows(adapters, base):
+    """Several passes over the weights; torch's product on top of the expand, or, beside a bias, own tiles."""
+    a = make_problem(700, 1100, 70, 6, BF16, adapters)
+    a["base"] = a["base"].to(base)
+    assert_within_budget(a, **CPP)
+    assert_within_budget({**a, "bias": None}, **CPP)
+
+
+@needs_tiles
+def test_steering_effect_survives_torchs_product():
+    assert surviving_share(500, 1e-5, "cpp") == pytest.approx(1, abs=0.4)
+    assert surviving_share(500, 1e-4, "cpp") == pytest.approx(1, abs=0.04)
+
+
+@needs_tiles
+@pytest.mark.parametrize("adapters", [BF16, F32])
+def test_no_value_of_a_tile_reaches_another_row_or_output(adapters):
+    """A NaN in a row of x or in its gates stays in its row, one in a weight in its output; an infinity stays one."""
+    a = make_problem(37, 50, 41, 6, BF16, adapters)
+    a["row_map"] = torch.arange(37, dtype=torch.int32)
+    a["gates"] = torch.randn(37, 6, generator=torch.Generator().manual_seed(3))
+    y = low_rank_linear(**a, **CPP)
+    x, gates, up = a["x"].clone(), a["gates"].clone(), a["up"].clone()
+    x[20, 49], gates[5, 2], up[40, 5] = torch.nan, torch.nan, torch.nan
+    got = low_rank_linear(**{**a, "x": x, "gates": gates, "up": up}, **CPP)
+    reached = torch.zeros_like(got, dtype=torch.bool)
+    reached[20], reached[5], reached[:, 40] = True, True, True
+    assert got[reached].isnan().all()
+    assert torch.equal(got[~reached], y[~reached])
+    gates[5, 2] = torch.inf
+    assert low_rank_linear(**{**a, "gates": gates}, **CPP)[5].isinf().all()
