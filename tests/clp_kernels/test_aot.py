@@ -29,6 +29,7 @@ Binary = dict[str, Any]
 
 def compile_launches(which: str, path: str = "") -> tuple[str, list[Binary]]:
     """Triton's release and its binaries; path goes before everything else that the child imports from."""
+    path = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
     done = subprocess.run([sys.executable, PROGRAM, which], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
