@@ -143,6 +143,8 @@ def test_decoding_loads_16_bytes_at_a_time(binaries: list[Binary]) -> None:
         properties = PROPERTIES[binary["kernel"]]
         is_wide = "wide" in properties or ("wide on CUDA" in properties and binary["target"].startswith("cuda"))
         is_asked = "dot" not in properties or "decode" in binary["label"]
+        # AMD's warps are of 64 threads: few rows leave one of them 8 bytes, beside 16 of the weights in the hot one.
+        is_asked &= binary["target"].startswith("cuda") or binary["is_hot"]
         if not (is_wide and is_asked) or binary["rows"] not in HALVES or "odd" in binary["label"]:
             continue
         copies = instructions(binary, "LDGSTS")
