@@ -1,6 +1,7 @@
 # Every target sets up what it needs, once: a virtual environment in .venv with the versions of constraints.txt.
 #   make demo    train and sweep a steerable model on the embedded data   make install  the set-up alone
 #   make test    lint, types, tests                                       make lint     lint and types alone
+#   make test-aot     every GPU kernel in every configuration, compiled for GPUs that need not be there
 #   make bench   about 40 named benchmarks                                make bench-full   the product of all, by -k
 #   make bench-steering   generation under a weighting per row, against the plain model
 #   make sanitize     kernel tests, address and UB sanitizers             make wheel-smoke  the wheel, in an empty venv
@@ -21,9 +22,9 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models demo test lint bench bench-full bench-steering sanitize wheel-smoke clean distclean
+.PHONY: help install models demo test test-aot lint bench bench-full bench-steering sanitize wheel-smoke clean distclean
 help:
-	@sed -n '2,7s/^#   //p' Makefile
+	@sed -n '2,8s/^#   //p' Makefile
 
 install: $(VENV)/.installed
 models: $(VENV)/.models
@@ -54,6 +55,19 @@ lint: install
 
 test: lint models
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# Beside the environment and not in it: the Triton of torch 2.11. Where it cannot be had, it is left out by name.
+OTHER_TRITON := 3.6.0
+OTHER_FOLDER := $(VENV)/triton-$(OTHER_TRITON)
+PIP_BESIDE := env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(BIN)/python -m pip install --quiet --no-deps
+
+test-aot: install
+	@test -d $(OTHER_FOLDER) || { rm -rf $(OTHER_FOLDER).part \
+	    && $(PIP_BESIDE) --target $(OTHER_FOLDER).part triton==$(OTHER_TRITON) \
+	    && mv $(OTHER_FOLDER).part $(OTHER_FOLDER); } \
+	    || echo 'test-aot: no Triton $(OTHER_TRITON) to be had (no network?): nothing is compiled with it'
+	$(BIN)/python -m pytest -rs --timeout=2400 tests/clp_kernels/test_aot.py tests/clp_kernels/test_aot_cuda.py \
+	    --launches=all $$(test ! -d $(OTHER_FOLDER) || echo --other-triton=$(OTHER_FOLDER)) $(PYTEST_FLAGS)
 
 # addopts skips benchmarks in `make test`; these lines are the same without that.
 BENCH := -m pytest bench/bench_*.py -o addopts="--import-mode=importlib --strict-markers" --benchmark-only

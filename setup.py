@@ -160,6 +160,11 @@ def torch_cuda_folder(folder: Path, compiler: str) -> Path:
     return empty
 
 
+def cuda_flags() -> str:
+    # USE_CUDA opens the stream and device-guard part of the stable headers, also in torch's CPU build.
+    return f"-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(STABLE_ABI)}"
+
+
 def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) -> str:
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
     newest = CUDA_ARCHITECTURES[-1]
@@ -167,8 +172,6 @@ def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) ->
     portable = f"--threads={len(codes) + 1} {' '.join(codes)} -gencode=arch=compute_{newest},code=compute_{newest}"
     hopper = "-gencode=arch=compute_90a,code=sm_90a"
     by_source = {source: hopper if source.endswith("_sm90.cu") else portable for source in sources}
-    # USE_CUDA opens the stream and device-guard part of the stable headers, also in torch's CPU build.
-    flags = f"-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden -DUSE_CUDA {' '.join(STABLE_ABI)}"
     nvcc = find_nvcc()
     library = torch_folder() / "lib"
     # torch loads libtorch_cuda.so without making its symbols global, so the built object must name it. The CUDA runtime
@@ -177,7 +180,8 @@ def cuda_build(sources: list[str], output: Path, folder: Path, compiler: str) ->
         f'{nvcc} -shared -ccbin {compiler} $in -o $out -L"{library}" -L"{torch_cuda_folder(folder, compiler)}" '
         "-Xlinker --no-as-needed -ltorch_cpu -ltorch_cuda -cudart static"
     )
-    return ninja_file(f"{nvcc} -ccbin {compiler} {flags} {include_flags()}", link, sources, output, folder, by_source)
+    compile_line = f"{nvcc} -ccbin {compiler} {cuda_flags()} {include_flags()}"
+    return ninja_file(compile_line, link, sources, output, folder, by_source)
 
 
 class StableWheel(bdist_wheel):

@@ -47,6 +47,18 @@ WORDS = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test-aot` asks for beyond `make test`."""
+    group = parser.getgroup("ahead of time")
+    group.addoption(
+        "--launches",
+        choices=("hot", "all"),
+        default="hot",
+        help="Triton kernels compiled ahead of time: one configuration of each (default), or all that are launched",
+    )
+    group.addoption("--other-triton", metavar="FOLDER", help="compile the hot ones with the Triton in it, too")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     """A word-level tokenizer of 32 tokens with a chat template."""

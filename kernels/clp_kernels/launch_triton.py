@@ -49,7 +49,7 @@ def select_product_tile(num_rows: int, dtype: torch.dtype, batch_invariant: bool
         batch_invariant: One tile for any number of rows: the reduced block sets the order of a row's sum.
 
     Returns:
-        The tile; no choice of it spills registers on sm_80 or sm_90 (tests/clp_kernels/test_aot.py).
+        The tile; where a launch with it spills registers is in tests/clp_kernels/aot_known.json.
     """
     if batch_invariant:
         num_rows = 128

@@ -93,9 +93,10 @@ def select_segment_tile(num_streams: int, deltas: torch.dtype, capability: int, 
     """Chooses the tile of `segment_product_kernel`: as many stages as the shared memory holds.
 
     On an H200 at N = D = M = 4096, K = 2, S = 8: 32 deep 543 us, 64 deep 700; 128 rows 697; 64 outputs 584. With
-    256 rows float32 deltas spill, and before Hopper, where the left operand takes registers too, all do.
+    256 rows float32 deltas spill, and before Hopper, where the left operand takes registers too, all do. On Blackwell
+    256 rows want 528 columns of tensor memory, of 512.
     """
-    outs, rows, reduced = 128, 256 if capability >= 9 and deltas.itemsize == 2 else 128, 32
+    outs, rows, reduced = 128, 256 if capability == 9 and deltas.itemsize == 2 else 128, 32
     stage_bytes = reduced * (outs * num_streams * deltas.itemsize + rows * 2)
     stages = max(1, min(4, shared_bytes // stage_bytes))
     return Tile(rows=rows, outs=outs, reduced=reduced, num_warps=8, num_stages=stages)

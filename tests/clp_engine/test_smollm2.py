@@ -18,6 +18,7 @@ from clp_engine.logprobs import token_logprobs
 from clp_engine.rollout import encode_prompts, rollout
 
 W = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.2, 0.8]])
+MIX = torch.tensor([0.3, 0.7])
 PROMPTS = [
     [{"role": "user", "content": f"Summarize: {text}"}]
     for text in ("the cat sat", "Read all files of the dog.", "Return the sum of two values")
@@ -60,8 +61,14 @@ def rms(tensor):
     return tensor.double().square().mean().sqrt()
 
 
+@pytest.fixture(scope="module")
+def exact_logits(plain, batch):
+    with torch.no_grad():
+        return copy.deepcopy(plain).double()(**batch).logits
+
+
 @pytest.mark.parametrize("weights", [[1.0, 0.0], [0.5, 0.5], W], ids=["corner", "centre", "mixed"])
-def test_before_training_the_logits_are_the_plain_models(plain, batch, weights):
+def test_before_training_the_logits_are_the_plain_models(plain, batch, exact_logits, weights):
     model = fresh(plain)
     with torch.no_grad():
         expected = plain(**batch).logits
@@ -70,24 +77,36 @@ def test_before_training_the_logits_are_the_plain_models(plain, batch, weights):
         assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
         model.set_kernel_backend("auto")
         got = model(**batch, reward_weights=weights).logits
-        exact = copy.deepcopy(plain).double()(**batch).logits
     seen = batch["attention_mask"].bool()
-    assert rms((got - exact)[seen]) <= 2 * rms((expected - exact)[seen])
+    assert rms((got - exact_logits)[seen]) <= 2 * rms((expected - exact_logits)[seen])
+
+
+def differentiate(model, batch, **weighting):
+    logprobs = model(**batch, **weighting).logits[:, -1].log_softmax(-1)
+    logprobs[:, :100].sum().backward()
+
+
+@pytest.fixture(scope="module")
+def plain_gradients(plain, conditioned, batch):
+    """Of each conditioned layer's mixed weight, by hand: the exact gradient, and what float32 leaves of it."""
+    by_hand, exact = (mixed_by_hand(plain, conditioned, MIX, dtype) for dtype in (torch.float32, torch.float64))
+    for model in (by_hand, exact):
+        differentiate(model, batch)
+    return {
+        name: tuple(model.get_submodule(name).weight.grad for model in (exact, by_hand))
+        for name in conditioned_layers(conditioned)
+    }
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-def test_gradient_of_copy_k_is_its_coefficient_times_the_plain_gradient(plain, conditioned, batch, backend):
-    weights = torch.tensor([0.3, 0.7])
-    by_hand, exact = (mixed_by_hand(plain, conditioned, weights, dtype) for dtype in (torch.float32, torch.float64))
+def test_gradient_of_copy_k_is_its_coefficient_times_the_plain_gradient(conditioned, batch, plain_gradients, backend):
     conditioned.set_kernel_backend(backend)
     conditioned.zero_grad()
-    for model, weighting in ((by_hand, {}), (exact, {}), (conditioned, {"reward_weights": weights})):
-        logprobs = model(**batch, **weighting).logits[:, -1].log_softmax(-1)
-        logprobs[:, :100].sum().backward()
+    differentiate(conditioned, batch, reward_weights=MIX)
     for name, layer in conditioned_layers(conditioned).items():
-        want = exact.get_submodule(name).weight.grad
-        allowed = 2 * rms(by_hand.get_submodule(name).weight.grad - want) + 2**-24 * rms(want)
-        for k, w in enumerate(weights.double()):
+        want, in_float32 = plain_gradients[name]
+        allowed = 2 * rms(in_float32 - want) + 2**-24 * rms(want)
+        for k, w in enumerate(MIX.double()):
             assert rms(layer.deltas.grad[:, k] - w * want) <= w * allowed, (name, k)
 
 
