@@ -46,6 +46,7 @@ class CLPLayer(nn.Module):
         added: names of the parameters that conditioning may add.
         settings: names of its other attributes.
         operator: the operator that it calls.
+        keeps_name: whether its class is named as its own was: libraries find decoder layers by that name to shard them.
     """
 
     clp: LayerContext
@@ -54,6 +55,7 @@ class CLPLayer(nn.Module):
     added: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[tuple[str, ...]] = ()
     operator: ClassVar[str]
+    keeps_name: ClassVar[bool] = False
 
     @classmethod
     def bases(cls, plain: type) -> tuple[type, ...]:
@@ -176,7 +178,8 @@ def release(layer: CLPLayer) -> nn.Module:
 def conditioned_class(plain: Any, family: Any) -> type:
     """The class of a `plain` layer conditioned as `family`."""
     namespace = {"plain_class": plain, "family": family, "__module__": __name__}
-    return type(f"CLP{plain.__name__}", family.bases(plain), namespace)
+    name = plain.__name__ if family.keeps_name else f"CLP{plain.__name__}"
+    return type(name, family.bases(plain), namespace)
 
 
 def conditioned_layers(model: nn.Module) -> dict[str, CLPLayer]:
