@@ -6,7 +6,6 @@ Legend: B sequences, T tokens, D width, E size of a head, H heads.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from clp_engine.conditioning import ActiveConditioning, Conditioning
-from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition
+from clp_engine.layers.conditioned import FrontedModule, LayerContext, condition
 from clp_engine.layers.linear import DeltaLinear, runs_fused
 from clp_kernels import Projection, mixed_qkv
 from clp_kernels.select import DECODE_ROWS
@@ -26,7 +25,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 DEVICE_TYPES = ("cpu",)
 
 
-class LlamaDecoder(CLPLayer):
+class LlamaDecoder(FrontedModule):
     """A decoder layer that decodes with one `mixed_qkv` instead of norm, q, k, v and rotation one by one.
 
     Only where that is the same computation: no gradient and no compiling, few rows, differences beside plain nn.Linear
@@ -38,7 +37,6 @@ class LlamaDecoder(CLPLayer):
     input_layernorm: Any
     post_attention_layernorm: Any
     mlp: Any
-    operator = "mixed_qkv"
     keeps_name = True
 
     @classmethod
@@ -123,14 +121,6 @@ class LlamaDecoder(CLPLayer):
             attention, query, key, value, attention_mask, dropout=dropout, scaling=attention.scaling, **how
         )
         return attention.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
-
-    def copies(self, parameters: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-        """None of its own."""
-        return {}
-
-    def collapsed(self, c_K: torch.Tensor, lambda_1: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Nothing of its own."""
-        return {}
 
 
 def fuse_decoders(model: nn.Module, active: ActiveConditioning) -> None:

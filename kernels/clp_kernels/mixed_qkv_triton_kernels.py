@@ -111,11 +111,11 @@ def _write_heads(
         b_high += tl.load(bias_ptr + o_high, mask=m_pairs, other=0.0).to(tl.float32)[None, :]
     b_weighting = tl.load(row_map_ptr + o_rows, mask=m_rows, other=0).to(tl.int64)
     for k in range(num_copies):
-        p_low = deltas_ptr + (o_low[None, :] * num_copies + k) * num_ins
-        p_high = deltas_ptr + (o_high[None, :] * num_copies + k) * num_ins
+        p_delta_low = deltas_ptr + (o_low[None, :] * num_copies + k) * num_ins
+        p_delta_high = deltas_ptr + (o_high[None, :] * num_copies + k) * num_ins
         b_low_k, b_high_k = _pair_products(
-            p_x, b_scale, norm_weight_ptr, p_low, p_high, m_rows[:, None], m_pairs[None, :], num_ins, DELTAS_PRECISION,
-            BLOCK_M, BLOCK_O, BLOCK_R,
+            p_x, b_scale, norm_weight_ptr, p_delta_low, p_delta_high, m_rows[:, None], m_pairs[None, :], num_ins,
+            DELTAS_PRECISION, BLOCK_M, BLOCK_O, BLOCK_R,
         )  # fmt: skip
         if HAS_BIAS_DELTAS:
             p_bias = bias_deltas_ptr + k
