@@ -15,7 +15,7 @@ from torch.nn.modules import module as torch_module
 from clp_engine.conditioning import ActiveConditioning, Conditioning
 from clp_engine.layers.conditioned import FrontedModule, LayerContext, condition
 from clp_engine.layers.linear import DeltaLinear, runs_fused
-from clp_kernels import Projection, mixed_qkv
+from clp_kernels import Projection, available_backends, mixed_qkv
 from clp_kernels.select import DECODE_ROWS
 
 # Model types of transformers whose decoder layers are Llama's: norm, attention, residual, norm, MLP, residual.
@@ -46,13 +46,13 @@ class LlamaDecoder(FrontedModule):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own forward returns."""
-        record = None if args else self._fused_record(hidden_states, kwargs.get("position_embeddings"))
+        record = None if args else self.fused_record(hidden_states, kwargs.get("position_embeddings"))
         if record is None:
             return super().forward(hidden_states, *args, **kwargs)
-        hidden_states = hidden_states + self._attend(hidden_states, record, **kwargs)
+        hidden_states = hidden_states + self.attend(hidden_states, record, **kwargs)
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
-    def _fused_record(self, x_BTD: torch.Tensor, tables: Any) -> Conditioning | None:
+    def fused_record(self, x_BTD: torch.Tensor, tables: Any) -> Conditioning | None:
         """The record of the running forward where the fused call computes the same, else None."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x_BTD.device.type not in DEVICE_TYPES:
             return None
@@ -80,7 +80,7 @@ class LlamaDecoder(FrontedModule):
             and all(_is_bare(part) for part in (attention, *norms, *linears))
         )
 
-    def _attend(
+    def attend(
         self,
         hidden_states: torch.Tensor,
         record: Conditioning,
@@ -124,7 +124,12 @@ class LlamaDecoder(FrontedModule):
 
 
 def fuse_decoders(model: nn.Module, active: ActiveConditioning) -> None:
-    """Let the decoder layers of Llama's form whose q, k and v have full differences decode by one call each."""
+    """Let the decoder layers of Llama's form whose q, k and v have full differences decode by one call each.
+
+    Without the compiled operator nothing would be saved.
+    """
+    if available_backends()["cpp"] is not None:
+        return
     for path, layer in list(model.named_modules()):
         attention = getattr(layer, "self_attn", None)
         linears = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj")]

@@ -13,20 +13,33 @@ from clp_kernels.launch_triton import Tile, check_tensors, dot_precision, on_dev
 from clp_kernels.mixed_qkv_triton_kernels import mixed_qkv_kernel
 
 
-def select_qkv_tile(num_rows: int, is_wide: bool, half: int, has_norms: bool, batch_invariant: bool) -> Tile:
+def select_qkv_tile(
+    num_rows: int, x: torch.dtype, is_wide: bool, half: int, has_norms: bool, batch_invariant: bool
+) -> Tile:
     """Chooses the tile: rows, pairs of outputs (`outs`) and reduced elements of a program.
 
     Args:
         num_rows: M.
+        x: Dtype of x.
         is_wide: Whether an operand of the products is float32.
         half: Pairs of a head. A norm of heads needs all of a head in one program; else few of them give more programs,
             of which a decode step has too few to read memory at its rate.
         has_norms: Whether heads are normalised.
         batch_invariant: One tile for any number of rows.
+
+    Returns:
+        The tile; compiled for heads of up to 128, none spills registers on sm_80 or sm_90.
     """
-    rows = 16 if num_rows <= 16 and not batch_invariant else 32
     outs = max(16, triton.next_power_of_2(half)) if has_norms else 16
-    return Tile(rows, outs, reduced=32 if is_wide else 64, num_warps=8 if outs >= 64 else 4, num_stages=3)
+    if x == torch.float32 and has_norms:
+        return Tile(rows=16, outs=outs, reduced=16, num_warps=8 if outs >= 64 else 4, num_stages=3)
+    if x == torch.float32:
+        return Tile(rows=16, outs=outs, reduced=32, num_warps=8, num_stages=2)
+    num_warps = 8 if outs >= 64 else 4
+    if is_wide:
+        return Tile(rows=16, outs=outs, reduced=32, num_warps=num_warps, num_stages=3)
+    rows = 16 if num_rows <= 16 and not batch_invariant else 32
+    return Tile(rows=rows, outs=outs, reduced=64, num_warps=num_warps, num_stages=3)
 
 
 def forward(
@@ -74,7 +87,7 @@ def forward(
     if M and sum(num_heads):
         has_norms = q_norm_E is not None or k_norm_E is not None
         is_wide = any(t.dtype == torch.float32 for t in (x_MD, *bases.values(), *deltas.values()))
-        tile = select_qkv_tile(M, is_wide, E // 2, has_norms, batch_invariant)
+        tile = select_qkv_tile(M, x_MD.dtype, is_wide, E // 2, has_norms, batch_invariant)
         tensors = (x_MD, norm_weight_D, *weights["q"], *weights["k"], *weights["v"], c_SK, row_map_M, cos_ME, sin_ME)
         grid = (triton.cdiv(M, tile.rows), sum(num_heads), triton.cdiv(E // 2, tile.outs))
         with on_device(x_MD):
