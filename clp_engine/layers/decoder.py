@@ -5,8 +5,9 @@ Legend: B sequences, T tokens, D width, E size of a head, H heads.
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,8 +22,10 @@ from clp_kernels.select import DECODE_ROWS
 # Model types of transformers whose decoder layers are Llama's: norm, attention, residual, norm, MLP, residual.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
-# Where mixed_qkv saves 10 % of an attention block's decode time or more.
-DEVICE_TYPES = ("cpu",)
+# Most rows of a step that is fused, by device and dtype: what saved 10 % of an attention block's time or more. In a decode
+# step of SmolLM2-135M on one thread of a Xeon with AMX (median CPU time of a block, K = 2, machine shared), of 1, 8, 16,
+# 32 and 64 rows: float32 10.6, 10.8, 8.3, 8.3, 5.5 %; bfloat16 @BF16@; float32 copies beside bfloat16 @MIXED@.
+MOST_ROWS = {("cpu", torch.float32): 8, ("cpu", torch.bfloat16): DECODE_ROWS}
 
 
 class LlamaDecoder(FrontedModule):
@@ -54,31 +57,43 @@ class LlamaDecoder(FrontedModule):
 
     def fused_record(self, x_BTD: torch.Tensor, tables: Any) -> Conditioning | None:
         """The record of the running forward where the fused call computes the same, else None."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x_BTD.device.type not in DEVICE_TYPES:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return None
         record = self.clp.active.record
         if record is None or record.is_reference or record.backend not in ("auto", "cpp"):
             return None
-        if x_BTD.dim() != 3 or x_BTD.shape[0] * x_BTD.shape[1] > DECODE_ROWS or not isinstance(tables, tuple):
+        most = MOST_ROWS.get((x_BTD.device.type, x_BTD.dtype), 0)
+        if x_BTD.dim() != 3 or x_BTD.shape[0] * x_BTD.shape[1] > most or not isinstance(tables, tuple):
             return None
-        if torch.is_autocast_enabled(x_BTD.device.type) or not self._has_plain_parts(x_BTD.dtype):
+        if torch.is_autocast_enabled(x_BTD.device.type) or tables[0].shape[-1] != self.self_attn.head_dim:
             return None
-        return record if tables[0].shape[-1] == self.self_attn.head_dim else None
+        return record if self._has_plain_parts(x_BTD.dtype) else None
 
     def _has_plain_parts(self, dtype: torch.dtype) -> bool:
-        attention, norm = self.self_attn, self.input_layernorm
-        linears = (attention.q_proj, attention.k_proj, attention.v_proj)
-        norms = [norm, *(getattr(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name))]
-        return (
-            _is_own(attention, self.plain_class, "Attention")
-            and all(_is_own(part, self.plain_class, "RMSNorm") and part.weight.dtype == dtype for part in norms)
-            and all(part.variance_epsilon == norm.variance_epsilon for part in norms)
-            and all(
-                isinstance(part, DeltaLinear) and runs_fused(part) and part.weight.dtype == dtype for part in linears
-            )
-            and len({(part.clp.shared, part.deltas.shape[1]) for part in linears}) == 1
-            and all(_is_bare(part) for part in (attention, *norms, *linears))
-        )
+        # In each layer of each step: modules come from their dictionaries, attributes of modules take twice as long.
+        attention: Any = self._modules["self_attn"]
+        parts = attention._modules
+        own = _own(self.plain_class)
+        norms: list[Any] = [
+            self._modules["input_layernorm"],
+            *(parts[name] for name in ("q_norm", "k_norm") if name in parts),
+        ]
+        linears = [parts["q_proj"], parts["k_proj"], parts["v_proj"]]
+        if type(attention) is not own.attention or _any_global_hook():
+            return False
+        for norm in norms:
+            is_same = type(norm) is own.norm and norm.variance_epsilon == norms[0].variance_epsilon
+            if not is_same or norm._parameters["weight"].dtype != dtype:
+                return False
+        for linear in linears:
+            if not isinstance(linear, DeltaLinear) or not runs_fused(linear):
+                return False
+            weights: Any = linear._parameters
+            if "weight" not in weights or weights["weight"].dtype != dtype:
+                return False
+            if linear.clp.shared != linears[0].clp.shared:
+                return False
+        return all(map(_is_bare, (attention, *norms, *linears)))
 
     def attend(
         self,
@@ -113,7 +128,7 @@ class LlamaDecoder(FrontedModule):
         query, key, value = (t.transpose(1, 2) for t in heads)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, attention.layer_idx)
-        eager: Any = sys.modules[self.plain_class.__module__].eager_attention_forward
+        eager = _own(self.plain_class).eager
         attend: Any = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)
         dropout = attention.attention_dropout if attention.training else 0.0
         how = {**_window(attention), **kwargs}
@@ -145,29 +160,46 @@ def _model_type(cls: type) -> str | None:
     return name.removeprefix("modeling_") if is_known else None
 
 
-def _is_own(module: nn.Module, layer_class: type, kind: str) -> bool:
-    """Whether `module` is what the decoder layer's model has under that name, `LlamaRMSNorm` beside Llama's."""
-    wanted = layer_class.__name__.replace("DecoderLayer", kind)
-    return type(module).__name__ == wanted and type(module).__module__ == layer_class.__module__
+class _Own(NamedTuple):
+    """What the code of a decoder layer's model defines beside it."""
+
+    attention: type
+    norm: type
+    eager: Any
 
 
-def _is_bare(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else."""
-    return not (
-        "forward" in vars(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_forward_hooks
+@functools.cache
+def _own(layer_class: type) -> _Own:
+    """`LlamaAttention`, `LlamaRMSNorm` and the eager attention beside `LlamaDecoderLayer`."""
+    code = sys.modules[layer_class.__module__]
+    name = layer_class.__name__.removesuffix("DecoderLayer")
+    return _Own(getattr(code, f"{name}Attention"), getattr(code, f"{name}RMSNorm"), code.eager_attention_forward)
+
+
+def _any_global_hook() -> bool:
+    return bool(
+        torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
 
 
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and, but for hooks of every module, nothing else."""
+    own = vars(module)
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
 def _projection(linear: Any) -> Projection:
-    return Projection(linear.weight, linear.deltas, linear.bias, linear.bias_deltas)
+    own = linear._parameters
+    return Projection(own["weight"], own["deltas"], own["bias"], own.get("bias_deltas"))
 
 
 def _window(attention: Any) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def decode(model, ids=IDS, next_ids=NEXT, **options):
 def one_by_one(monkeypatch):
     def run(function, *args, **kwargs):
         with monkeypatch.context() as patch:
-            patch.setattr(decoder, "DEVICE_TYPES", ())
+            patch.setattr(decoder, "MOST_ROWS", {})
             return function(*args, **kwargs)
 
     return run
@@ -68,7 +68,7 @@ def test_a_step_is_the_layers_one_by_one(name, attention, calls, one_by_one):
     expected = one_by_one(decode, model)
     assert not calls
     torch.testing.assert_close(decode(model), expected, rtol=1e-5, atol=1e-5)
-    assert calls == [(3, 4, 32)] * 2 + [(3, 1, 32)] * 2
+    assert calls == [(3, 1, 32)] * 2  # the prompt has more rows than are fused
 
 
 @needs_cpp
@@ -163,21 +163,34 @@ def test_a_replaced_forward_runs(calls):
 
 def test_gradients_take_the_layers_one_by_one(calls):
     model = condition(tiny_llama())
-    model(IDS, reward_weights=W).logits.sum().backward()
+    model(IDS[:, :2], reward_weights=W).logits.sum().backward()
     assert not calls
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@needs_cpp
 @torch.no_grad()
-def test_many_rows_and_the_reference_take_the_layers_one_by_one(calls):
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (torch.bfloat16, 64)])
+def test_many_rows_take_the_layers_one_by_one(dtype, most, calls):
+    model = condition(tiny_llama(num_hidden_layers=1)).to(dtype)
+    for num_rows in (most, most + 1):
+        model(torch.ones(num_rows, 1, dtype=torch.long), reward_weights=[0.5, 0.5])
+    assert calls == [(most, 1, 32)]
+
+
+@needs_cpp
+@torch.no_grad()
+def test_what_else_takes_the_layers_one_by_one(calls):
     model = condition(tiny_llama())
-    model(torch.ones(3, 22, dtype=torch.long), reward_weights=W)
-    model(IDS, reward_weights=W, kl_weight=1.0)
+    model(NEXT, reward_weights=W, kl_weight=1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        model(IDS, reward_weights=W)
+        model(NEXT, reward_weights=W)
     model.set_kernel_backend("reference")
-    model(IDS, reward_weights=W)
+    model(NEXT, reward_weights=W)
     assert not calls
+    model.set_kernel_backend("cpp")
+    model(NEXT, reward_weights=W)
+    assert calls
 
 
 @pytest.mark.parametrize(
@@ -200,9 +213,9 @@ def test_compiled_step_has_no_break(calls):
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
-        expected = model(IDS, reward_weights=W).logits
+        expected = model(NEXT, reward_weights=W).logits
         calls.clear()
-        torch.testing.assert_close(compiled(IDS, reward_weights=W).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(compiled(NEXT, reward_weights=W).logits, expected, rtol=1e-4, atol=1e-4)
     assert not calls
 
 
@@ -212,7 +225,7 @@ def test_batch_invariance_reaches_the_call(monkeypatch):
     monkeypatch.setattr(decoder, "mixed_qkv", lambda *a, **k: seen.append(k["batch_invariant"]) or real(*a, **k))
     model.set_kernel_backend("auto", batch_invariant=True)
     decode(model)
-    assert seen == [True] * 2
+    assert seen == [True]
 
 
 @needs_cpp
