@@ -49,7 +49,15 @@ def _forward_fake(x: Tensor, norm_weight: Tensor, *arguments: Any) -> tuple[Tens
     return query, key, value
 
 
+def _compiled_forward_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    # A tensor on "meta" among others on the CPU comes here too, and must not pass for a result.
+    for tensor in arguments:
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
+            raise RuntimeError(f"mixed_qkv (cpp): tensors on {x.device} and {tensor.device}")
+    return _forward_fake(x, *arguments)
+
+
 compiled_op: Any = None
 if extension.missing_reason("cpu") is None:
-    torch.library.register_fake("clp::mixed_qkv_cpu_fwd", _forward_fake, lib=_library)
+    torch.library.register_fake("clp::mixed_qkv_cpu_fwd", _compiled_forward_fake, lib=_library)
     compiled_op = torch.ops.clp.mixed_qkv_cpu_fwd.default

@@ -199,6 +199,7 @@ def test_row_map_out_of_range(backend):
         ("x", torch.randn(3, 1, 13), r"x must be \[\.\.\., D\] and norm_weight \[D\]"),
         ("x", torch.ones(3, 1, 12, dtype=torch.int64), "x is torch.int64"),
         ("cos", torch.randn(3, 1, 3), "sin must be like cos"),
+        ("norm_weight", torch.randn(12, device="meta"), "norm_weight is on meta, x on cpu"),
         ("q_norm", torch.randn(5), r"q_norm must be \[4\], the size of a head"),
         ("k", Projection(torch.randn(4, 12), torch.randn(4, 3, 12)), "k.deltas must be"),
         ("k", Projection(torch.randn(6, 12), torch.randn(6, 2, 12)), "no multiple of the size of a head 4"),
@@ -214,6 +215,18 @@ def test_row_map_out_of_range(backend):
 def test_bad_argument_is_named(op, field, value, says):
     with pytest.raises(ValueError, match=says):
         op(**{**problem(3, 1, 12, 2, 1, 4, 2), field: value})
+
+
+@pytest.mark.parametrize("backend", BACKENDS_AND_TRITON)
+def test_no_rows_or_no_contiguous_ones(backend):
+    a = problem(3, 2, 12, 2, 1, 4, 2)
+    none = {name: a[name][:0] for name in ("x", "cos", "sin", "row_map")}
+    assert [t.shape for t in mixed_qkv(**{**a, **none}, backend=backend)] == [(0, 2, 2, 4), (0, 2, 1, 4), (0, 2, 1, 4)]
+    other = {name: a[name].transpose(0, 1).contiguous().transpose(0, 1) for name in ("x", "cos", "sin", "row_map")}
+    other["q"] = Projection(*(t.T.contiguous().T if t.dim() == 2 else t for t in a["q"]))
+    strided = mixed_qkv(**{**a, **other}, backend=backend)
+    for ours, expected in zip(strided, mixed_qkv(**a, backend=backend), strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4), (3, 2, 4), (3, 4), (1, 3, 1, 4)])
