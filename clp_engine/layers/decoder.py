@@ -23,9 +23,9 @@ from clp_kernels.select import DECODE_ROWS
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Most rows of a step that is fused, by device and dtype: 10 % of an attention block's time are saved, or more. Steps of
-# 1, 8, 16, 32 and 64 rows of SmolLM2-135M, all weightings different, K = 2, behind 64 tokens: CPU time of one thread of a
-# Xeon with AMX, a shared machine. float32 15, 12, 12, 11 and 6 % (medians of three to five runs, of which one had 8 at
-# 16 and 32 rows); bfloat16 18, 19, 16, 16 and 11 %; float32 copies beside it 17, 13, 13, 12 and 12 %. Others are not
+# 1, 8, 16, 32 and 64 rows of SmolLM2-135M, all weightings different, K = 2, behind 64 tokens, CPU time of one thread of
+# a Xeon with AMX, a shared machine: float32 15, 12, 12, 11 and 6 % (medians of three to five runs, of which one had 8
+# at 16 and 32 rows); bfloat16 18, 19, 16, 16 and 11 %; float32 copies beside it 17, 13, 13, 12 and 12 %. Others are not
 # measured.
 MOST_ROWS = {("cpu", torch.float32): 32, ("cpu", torch.bfloat16): DECODE_ROWS}
 
