@@ -165,8 +165,8 @@ def _model_type(cls: type) -> str | None:
 class _Own(NamedTuple):
     """What the code of a decoder layer's model defines beside it."""
 
-    attention: type
-    norm: type
+    attention: Any
+    norm: Any
     eager: Any
 
 
