@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from clp_engine.layers import CLPLayer, conditioned_layers, release, widened
+from clp_engine.layers.conditioned import FrontedModule
 from clp_engine.layers.linear import contiguous_rows
 
 
@@ -26,8 +27,9 @@ def collapse(model: Any, c_C: torch.Tensor) -> Any:
     values = {path: x.collapsed(lambda_1 if x.clp.shared else c_K, lambda_1) for path, x in layers.items()}
     owners = _owners(twin)
     untied = _assign(layers, values, owners)
-    for layer in layers.values():
-        release(layer)
+    for module in list(twin.modules()):
+        if isinstance(module, FrontedModule):
+            release(module)
     twin.__class__ = model.base_class
     for name in model.own_attributes():
         delattr(twin, name)

@@ -16,6 +16,7 @@ from torch import nn
 from clp_engine.conditioning import ActiveConditioning
 from clp_engine.config import CLPConfig
 from clp_engine.layers.conditioned import CLPLayer, LayerContext, condition
+from clp_engine.layers.decoder import fuse_decoders
 from clp_engine.layers.embedding import DeltaEmbedding, PerSequenceBias, RelativeBiasEmbedding
 from clp_engine.layers.linear import DeltaLinear, contiguous_rows, features, has_float_weight, is_linear
 from clp_engine.layers.low_rank import LoRALinear, PBLoRALinear, SVDLinear
@@ -49,6 +50,7 @@ def condition_modules(model: nn.Module, config: CLPConfig, active: ActiveConditi
         _adopt(model, path, config, LayerContext(active, path, config.copy_names), tied)
     for path in shared:
         _adopt_delta(model, path, LayerContext(active, path, (SHARED_COPY,), shared=True), True, tied)
+    fuse_decoders(model, active)
     if (head := _output_head(model)) is not None:
         head.register_forward_pre_hook(contiguous_rows)
     return [*chosen, *shared]

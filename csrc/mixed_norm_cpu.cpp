@@ -104,6 +104,18 @@ Tensor mixed_norm_cpu_fwd(const Tensor& x, const std::optional<Tensor>& weight, 
   return y;
 }
 
+Tensor rms_norm_cpu(const Tensor& x, const Tensor& weight, const Tensor& row_map, double eps) {
+  const int64_t M = row_map.numel(), D = weight.numel();
+  const std::vector<float> floats = to_floats(weight, "norm_weight", D);
+  const Tensor y = empty_tensor({M, D}, x.scalar_type());
+  const NormRows rows{x.const_data_ptr(), dtype_of(x, "x"), static_cast<const int32_t*>(row_map.const_data_ptr()),
+                      nullptr, static_cast<float>(eps), false, true};
+  const NormJob job{{floats.data(), nullptr, nullptr, nullptr, 0, D}, rows, y.mutable_data_ptr()};
+  const NormKernels& kernels = norm_kernels_in_use();
+  parallel_rows(M, D, [&](int64_t begin, int64_t end) { kernels.forward(job, begin, end, nullptr); });
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_norm_cpu_backward(
     const Tensor& dy, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& weight_deltas,
     const Tensor& c, const Tensor& row_map, const std::optional<Tensor>& bias_deltas, double eps, bool is_centered,

@@ -19,4 +19,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixed_norm_cpu_backwa
     double offset, bool cast_before_scale, bool needs_x, bool needs_weight, bool needs_weight_deltas, bool needs_bias,
     bool needs_bias_deltas, bool needs_coefficients);
 
+// RMSNorm of x [..., D], contiguous, in its dtype, without copies and as LlamaRMSNorm rounds; row_map [...] is not read
+// for its values.
+Tensor rms_norm_cpu(const Tensor& x, const Tensor& weight, const Tensor& row_map, double eps);
+
 }  // namespace clp

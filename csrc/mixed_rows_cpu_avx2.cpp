@@ -4,6 +4,7 @@
 
 #include "mixed_embedding_cpu.h"
 #include "mixed_norm_cpu.h"
+#include "mixed_qkv_cpu.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

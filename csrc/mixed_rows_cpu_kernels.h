@@ -1,5 +1,5 @@
-// The kernels of the row-by-row operators, mixed_embedding and mixed_norm, for one instruction set. The including file
-// has set the compiler's target and defines
+// The kernels of the row-by-row operators, mixed_embedding, mixed_norm and mixed_qkv's rotation, for one instruction
+// set. The including file has set the compiler's target and defines
 //   CLP_ISA     name of the set: a namespace, and the suffix of the exported tables
 //   CLP_WIDTH   floats of a vector
 //   CLP_F16C    only where the set converts float16
@@ -24,6 +24,8 @@ constexpr int kWidth = CLP_WIDTH;
 
 #include "mixed_norm_cpu_kernels.h"
 
+#include "mixed_qkv_cpu_kernels.h"
+
 }  // namespace
 }  // namespace CLP_ISA
 
@@ -32,5 +34,8 @@ const EmbeddingKernels CLP_JOIN(embedding_kernels_, CLP_ISA) = {CLP_ISA::embed, 
 
 extern const NormKernels CLP_JOIN(norm_kernels_, CLP_ISA);
 const NormKernels CLP_JOIN(norm_kernels_, CLP_ISA) = {CLP_ISA::norm, CLP_ISA::norm_grad};
+
+extern const RotaryKernels CLP_JOIN(rotary_kernels_, CLP_ISA);
+const RotaryKernels CLP_JOIN(rotary_kernels_, CLP_ISA) = {CLP_ISA::rotate};
 
 }  // namespace clp

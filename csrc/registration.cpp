@@ -12,6 +12,7 @@
 #include "mixed_linear_cpu_ops.h"
 #include "mixed_linear_logprob_cpu_call.h"
 #include "mixed_norm_cpu_ops.h"
+#include "mixed_qkv_cpu_ops.h"
 
 namespace clp {
 
@@ -55,6 +56,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(clp, m) {
       "bool needs_weight, bool needs_weight_deltas, bool needs_bias, bool needs_bias_deltas, bool needs_coefficients) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "mixed_qkv_cpu_fwd(Tensor x, Tensor norm_weight, Tensor q_base, Tensor q_deltas, Tensor? q_bias, "
+      "Tensor? q_bias_deltas, Tensor k_base, Tensor k_deltas, Tensor? k_bias, Tensor? k_bias_deltas, Tensor v_base, "
+      "Tensor v_deltas, Tensor? v_bias, Tensor? v_bias_deltas, Tensor c, Tensor row_map, Tensor cos, Tensor sin, "
+      "Tensor? q_norm, Tensor? k_norm, float eps, bool batch_invariant) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "low_rank_linear_cpu_fwd(Tensor x, Tensor? base, Tensor down, Tensor up, Tensor gates, Tensor? row_map, "
       "Tensor? bias, bool keep_shrink) -> (Tensor, Tensor)");
   m.def(
@@ -85,6 +91,7 @@ STABLE_TORCH_LIBRARY_IMPL(clp, CPU, m) {
   m.impl("mixed_embedding_cpu_backward", TORCH_BOX(&clp::mixed_embedding_cpu_backward));
   m.impl("mixed_norm_cpu_fwd", TORCH_BOX(&clp::mixed_norm_cpu_fwd));
   m.impl("mixed_norm_cpu_backward", TORCH_BOX(&clp::mixed_norm_cpu_backward));
+  m.impl("mixed_qkv_cpu_fwd", TORCH_BOX(&clp::mixed_qkv_cpu_fwd));
   m.impl("low_rank_linear_cpu_fwd", TORCH_BOX(&clp::low_rank_linear_cpu_call));
   m.impl("low_rank_linear_cpu_backward", TORCH_BOX(&clp::low_rank_linear_cpu_backward));
   m.impl("mixed_linear_logprob_cpu_fwd", TORCH_BOX(&clp::logprob::mixed_linear_logprob_cpu_fwd));

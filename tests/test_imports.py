@@ -145,6 +145,7 @@ PUBLIC = {
     "clp_kernels": [
         *("available_backends", "backend", "backend_for", "mixed_linear", "mixed_linear_ref"),
         *("mixed_embedding", "mixed_embedding_ref", "mixed_norm", "mixed_norm_ref"),
+        *("Projection", "mixed_qkv", "mixed_qkv_ref"),
     ],
 }
 SIGNATURES = {
@@ -155,6 +156,10 @@ SIGNATURES = {
     ("clp_kernels", "mixed_norm"): (
         "x weight weight_deltas coefficients bias=None * bias_deltas=None row_map=None eps=1e-06 kind=rms offset=0.0 "
         "cast_before_scale=False backend=None",
+    ),
+    ("clp_kernels", "mixed_qkv"): (
+        "x norm_weight q k v coefficients cos sin * q_norm=None k_norm=None eps=1e-06 row_map=None backend=None "
+        "batch_invariant=False",
     ),
     ("clp_engine", "get_clp_model"): ("model config",),
     ("clp_engine.evaluation", "sweep"): (

@@ -36,29 +36,43 @@ class LayerContext:
     shared: bool = False
 
 
-class CLPLayer(nn.Module):
-    """A layer whose output depends on the weighting of each row; every family is a subclass.
+class FrontedModule(nn.Module):
+    """A module whose class is its own with another one, the family, in front.
 
     Attributes:
         clp: its place in the model.
         plain_class: the class that it had before.
-        family: the class that it was conditioned with.
+        family: the class that was put in front.
         added: names of the parameters that conditioning may add.
         settings: names of its other attributes.
-        operator: the operator that it calls.
+        keeps_name: whether its class is named as its own was: libraries find decoder layers by that name to shard them.
     """
 
     clp: LayerContext
     plain_class: ClassVar[type]
-    family: ClassVar[type[CLPLayer]]
+    family: ClassVar[type[FrontedModule]]
     added: ClassVar[tuple[str, ...]] = ()
     settings: ClassVar[tuple[str, ...]] = ()
-    operator: ClassVar[str]
+    keeps_name: ClassVar[bool] = False
 
     @classmethod
     def bases(cls, plain: type) -> tuple[type, ...]:
         """Bases of the class of a conditioned `plain` layer: this family's forward first, its own by `super()`."""
         return cls, plain
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy by the two classes, since the class itself is made on the fly."""
+        return _new_layer, (self.plain_class, self.family), self.__dict__
+
+
+class CLPLayer(FrontedModule):
+    """A layer whose output depends on the weighting of each row; every family is a subclass.
+
+    Attributes:
+        operator: the operator that it calls.
+    """
+
+    operator: ClassVar[str]
 
     def record(self, device: torch.device) -> Conditioning:
         """The record of the running forward, on `device`: a device_map may put layers on several.
@@ -125,10 +139,6 @@ class CLPLayer(nn.Module):
         """
         raise NotImplementedError
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle and copy by the two classes, since the class itself is made on the fly."""
-        return _new_layer, (self.plain_class, self.family), self.__dict__
-
 
 class DeltaLayer(CLPLayer):
     """A layer whose copies are full differences of its weight and, where `bias_deltas` is one, of its bias.
@@ -149,7 +159,7 @@ class DeltaLayer(CLPLayer):
         return views
 
 
-def condition(module: nn.Module, family: Any, context: LayerContext) -> CLPLayer:
+def condition(module: nn.Module, family: Any, context: LayerContext) -> FrontedModule:
     """Turn `module` into a layer of `family` in place; the caller adds the copies."""
     plain: Any = type(module)
     layer: Any = module
@@ -160,7 +170,7 @@ def condition(module: nn.Module, family: Any, context: LayerContext) -> CLPLayer
     return layer
 
 
-def release(layer: CLPLayer) -> nn.Module:
+def release(layer: FrontedModule) -> nn.Module:
     """Turn a conditioned layer back into the layer it was; its copies are dropped."""
     module: Any = layer
     for name in (*layer.added, *layer.settings, "clp"):
@@ -176,7 +186,8 @@ def release(layer: CLPLayer) -> nn.Module:
 def conditioned_class(plain: Any, family: Any) -> type:
     """The class of a `plain` layer conditioned as `family`."""
     namespace = {"plain_class": plain, "family": family, "__module__": __name__}
-    return type(f"CLP{plain.__name__}", family.bases(plain), namespace)
+    name = plain.__name__ if family.keeps_name else f"CLP{plain.__name__}"
+    return type(name, family.bases(plain), namespace)
 
 
 def conditioned_layers(model: nn.Module) -> dict[str, CLPLayer]:

@@ -11,8 +11,12 @@ from clp_kernels.mixed_linear_logprob_reference import mixed_linear_logprob_ref
 from clp_kernels.mixed_linear_reference import mixed_linear_ref
 from clp_kernels.mixed_norm import mixed_norm
 from clp_kernels.mixed_norm_reference import mixed_norm_ref
+from clp_kernels.mixed_qkv import mixed_qkv
+from clp_kernels.mixed_qkv_arguments import Projection
+from clp_kernels.mixed_qkv_reference import mixed_qkv_ref
 
 __all__ = [
+    "Projection",
     "available_backends",
     "backend",
     "backend_for",
@@ -26,4 +30,6 @@ __all__ = [
     "mixed_linear_ref",
     "mixed_norm",
     "mixed_norm_ref",
+    "mixed_qkv",
+    "mixed_qkv_ref",
 ]

@@ -39,6 +39,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     "mixed_linear": ("cpp", "triton", "cuda"),
     "mixed_linear_logprob": ("cpp", "triton"),
     "mixed_norm": ("cpp", "triton"),
+    "mixed_qkv": ("cpp", "triton"),
 }
 
 

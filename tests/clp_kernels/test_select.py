@@ -81,7 +81,9 @@ def test_supported(name, device):
         ("mps", {"x": F32}, ALL, "reference"),
     ],
 )
-@pytest.mark.parametrize("op", ["low_rank_linear", "mixed_embedding", "mixed_linear_logprob", "mixed_norm"])
+@pytest.mark.parametrize(
+    "op", ["low_rank_linear", "mixed_embedding", "mixed_linear_logprob", "mixed_norm", "mixed_qkv"]
+)
 def test_auto_of_the_other_operators(op, device, dtypes, missing, expected):
     assert select(OperatorCall(op, device, dtypes), missing) == expected
 
