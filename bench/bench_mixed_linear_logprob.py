@@ -24,8 +24,8 @@ GEMM_OUTPUTS = 4096
 OUTPUTS = ("log_prob", "entropy")
 NUM_CHECKED = 8
 MAX_MIXED = 65536  # words up to which mixing logits is a peer: three times the ceiling's time and memory
-# Weights up to which torch's own head is a peer on the CPU: of 131072 words by 2048, a call took 84 to 108 s (512 tokens,
-# forward and backward, two Zen 3 cores).
+# Weights up to which torch's own head is a peer on the CPU: of 131072 words by 2048, a call took 84 to 108 s (512
+# tokens, forward and backward, two Zen 3 cores).
 MAX_FUSED = 49152 * 576
 CHUNK = 4096  # words that are widened to float64 at a time
 

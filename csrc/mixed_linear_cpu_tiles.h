@@ -1,5 +1,5 @@
-// Between the drivers of products by tiles (mixed_linear_cpu_tiles.cpp, low_rank_linear_cpu_tiles.cpp) and their kernels
-// (mixed_linear_cpu_amx.cpp). Includes no standard header with inline functions, as mixed_linear_cpu.h.
+// Between the drivers of products by tiles (mixed_linear_cpu_tiles.cpp, low_rank_linear_cpu_tiles.cpp) and their
+// kernels (mixed_linear_cpu_amx.cpp). Includes no standard header with inline functions, as mixed_linear_cpu.h.
 #pragma once
 
 #include "cpu_amx.h"
