@@ -33,9 +33,10 @@ MOST_ROWS = {("cpu", torch.float32): 32, ("cpu", torch.bfloat16): DECODE_ROWS}
 class LlamaDecoder(FrontedModule):
     """A decoder layer that decodes with one `mixed_qkv` instead of norm, q, k, v and rotation one by one.
 
-    Only where that is the same computation: no gradient and no compiling, few rows, differences beside plain nn.Linear
-    layers and an averaged norm nowhere, and none of the modules that are then not called has hooks. Everything else
-    takes the layer's own forward.
+    Only where that is the same computation, up to rounding: one token a sequence behind a KV cache, no gradient and no
+    compiling, few rows, differences beside plain nn.Linear layers and no averaged norm, and none of the modules that
+    are then not called has hooks. Everything else takes the layer's own forward: prompts and log-probs keep their bits,
+    with a gradient or without.
     """
 
     self_attn: Any
@@ -51,7 +52,8 @@ class LlamaDecoder(FrontedModule):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the layer's own forward returns."""
-        record = None if args else self.fused_record(hidden_states, kwargs.get("position_embeddings"))
+        is_decoding = not args and hidden_states.shape[1:2] == (1,) and kwargs.get("past_key_values") is not None
+        record = self.fused_record(hidden_states, kwargs.get("position_embeddings")) if is_decoding else None
         if record is None:
             return super().forward(hidden_states, *args, **kwargs)
         hidden_states = hidden_states + self.attend(hidden_states, record, **kwargs)

@@ -5,59 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from rows_support import BACKENDS, BACKENDS_AND_TRITON, ISAS, instruction_set, needs_cpp, poisoned_memory, row_map
-from triton_support import assert_within_budget
+from qkv_support import check, converted, problem
+from rows_support import BACKENDS, BACKENDS_AND_TRITON, ISAS, instruction_set, needs_cpp, poisoned_memory
 
 import clp_kernels
 from clp_kernels import Projection, mixed_qkv, mixed_qkv_ref
 
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F32, BF16), (F16, F32), (F16, F16)]
 # B, T, D, H_q, H_k, E, K: one row, odd widths and halves around each vector's, more rows than a panel or tile has.
 SHAPES = [(1, 1, 33, 1, 1, 2, 1), (3, 1, 7, 4, 2, 6, 2), (17, 1, 64, 3, 1, 34, 3), (8, 8, 96, 2, 2, 64, 2)]
-
-
-def problem(B, T, D, H_q, H_k, E, K, dtype=F32, deltas_dtype=F32, rows="segments", bias=True, norms=True):
-    generator = torch.Generator().manual_seed(B * 7 + E)
-
-    def randn(*shape, std=1.0):
-        return std * torch.randn(shape, generator=generator)
-
-    def projection(H):
-        biases = (randn(H * E).to(dtype), randn(H * E, K, std=0.3).to(deltas_dtype)) if bias else ()
-        weights = randn(H * E, D, std=D**-0.5).to(dtype), randn(H * E, K, D, std=0.3 * D**-0.5).to(deltas_dtype)
-        return Projection(*weights, *biases)
-
-    rows_M = row_map(B * T, rows)
-    angles = randn(B, T, E // 2)
-    return {
-        "x": (3 * randn(B, T, D)).to(dtype),
-        "norm_weight": (1 + randn(D, std=0.2)).to(dtype),
-        **{name: projection(H) for name, H in (("q", H_q), ("k", H_k), ("v", H_k))},
-        "coefficients": randn(int(rows_M.max()) + 1, K),
-        "cos": torch.cat((angles, angles), dim=-1).cos().to(dtype),
-        "sin": torch.cat((angles, angles), dim=-1).sin().to(dtype),
-        "q_norm": (1 + randn(E, std=0.2)).to(dtype) if norms else None,
-        "k_norm": (1 + randn(E, std=0.2)).to(dtype) if norms else None,
-        "row_map": rows_M.view(B, T),
-    }
-
-
-def converted(value, convert):
-    if isinstance(value, Projection):
-        return Projection(*(converted(t, convert) for t in value))
-    return convert(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def named(heads):
-    return dict(zip(("query", "key", "value"), heads, strict=True))
-
-
-def check(a, **settings):
-    exact = named(mixed_qkv_ref(**{name: converted(value, torch.Tensor.double) for name, value in a.items()}))
-    ours, torchs = named(mixed_qkv(**a, **settings)), named(mixed_qkv_ref(**a))
-    terms = a["x"].shape[-1] * (1 + a["coefficients"].shape[-1])
-    assert_within_budget(ours, torchs, exact, terms)
 
 
 @needs_cpp
