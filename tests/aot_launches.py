@@ -39,6 +39,7 @@ PROPERTIES: dict[str, set[str]] = {
     "mixed_embedding.mixed_embedding_kernel": {"wide", "asserts"},
     "mixed_embedding.position_sum_kernel": set(),
     "mixed_embedding.coefficient_terms_kernel": set(),
+    "mixed_qkv.mixed_qkv_kernel": {"dot", "wide"},
     "mixed_norm.mixed_norm_kernel": {"wide"},
     "mixed_norm.input_gradient_kernel": set(),
     "mixed_norm.coefficient_terms_kernel": set(),
@@ -302,10 +303,60 @@ def record_mixed_norm(recorder: Recorder) -> None:
     call("layer, odd", 33, F32, F32, M=17, layer=True)
 
 
+def record_mixed_qkv(recorder: Recorder) -> None:
+    """A decode step of Qwen2.5-1.5B's attention, of Qwen3's with norms of heads, of SmolLM2's, and odd sizes."""
+    import clp_kernels.mixed_qkv_triton as launchers
+
+    def call(
+        label: str,
+        M: int,
+        x: torch.dtype,
+        deltas: torch.dtype,
+        *,
+        D: int,
+        heads: tuple[int, int],
+        E: int = 128,
+        K: int = 2,
+        biases: bool = False,
+        norms: bool = False,
+        hot: Iterable[str] = (),
+        tf32: bool = False,
+    ) -> None:
+        def run() -> None:
+            x_MD = torch.empty(M, D, dtype=x, device="meta")
+
+            def projection(H: int) -> tuple[torch.Tensor | None, ...]:
+                weights = (x_MD.new_empty(H * E, D), x_MD.new_empty(H * E, K, D, dtype=deltas))
+                if not biases:
+                    return (*weights, None, None)
+                return (*weights, x_MD.new_empty(H * E), x_MD.new_empty(H * E, K, dtype=deltas))
+
+            c_SK, row_map_M = x_MD.new_empty(4, K, dtype=F32), x_MD.new_empty(M, dtype=torch.int32)
+            table_ME, norm_E = x_MD.new_empty(M, E), x_MD.new_empty(E) if norms else None
+            q, k = projection(heads[0]), projection(heads[1])
+            rows = (c_SK, row_map_M, table_ME, table_ME, norm_E, norm_E)
+            launchers.forward(x_MD, x_MD.new_empty(D), *q, *k, *k, *rows, 1e-6, False)
+
+        recorder.during(run, f"{label}, {short(x, deltas)}", x, K, hot, tf32)
+
+    qwen2: Any = {"D": 1536, "heads": (12, 2), "biases": True}
+    qwen3: Any = {"D": 2048, "heads": (16, 8), "norms": True}
+    for x, deltas in TRAINED:
+        is_usual = (x, deltas) == (BF16, F32)
+        call("decode, biases", 16, x, deltas, **qwen2, hot=["mixed_qkv_kernel"] if is_usual else ())
+        call("decode, norms", 16, x, deltas, **qwen3)
+        call("64 rows, norms", 64, x, deltas, **qwen3)
+    call("decode, heads of 64", 16, BF16, BF16, D=576, heads=(9, 3), E=64)
+    call("decode, K=4", 32, BF16, F32, D=576, heads=(9, 3), E=64, K=4)
+    call("odd", 33, F32, F32, D=33, heads=(3, 1), E=34, biases=True, norms=True)
+    call("TF32", 16, F32, F32, **qwen3, tf32=True)
+
+
 OPERATORS: list[Callable[[Recorder], None]] = [
     record_mixed_linear,
     record_mixed_linear_logprob,
     record_low_rank_linear,
     record_mixed_embedding,
     record_mixed_norm,
+    record_mixed_qkv,
 ]
