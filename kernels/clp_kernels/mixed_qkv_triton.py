@@ -28,7 +28,7 @@ def select_qkv_tile(
         batch_invariant: One tile for any number of rows.
 
     Returns:
-        The tile; compiled for heads of up to 128, none spills registers on sm_80 or sm_90.
+        The tile; what spills of those for heads of up to 128 is in tests/clp_kernels/aot_known.json.
     """
     outs = max(16, triton.next_power_of_2(half)) if has_norms else 16
     if x == torch.float32 and has_norms:
