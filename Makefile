@@ -22,7 +22,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install models demo test test-aot lint bench bench-full bench-steering sanitize wheel-smoke clean distclean
+.PHONY: help install models demo test tests test-aot lint bench bench-full bench-steering sanitize wheel-smoke clean distclean
 help:
 	@sed -n '2,8s/^#   //p' Makefile
 
@@ -53,7 +53,11 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint models
+# Side by side: the tests leave most of the second core idle, and mypy's first run takes over two minutes.
+test: install models
+	@$(MAKE) --no-print-directory -j2 lint tests
+
+tests: install models
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # Beside the environment and not in it: the Triton of torch 2.11. Where it cannot be had, it is left out by name.
