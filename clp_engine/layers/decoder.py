@@ -22,12 +22,11 @@ from clp_kernels.select import DECODE_ROWS
 # Model types of transformers whose decoder layers are Llama's: norm, attention, residual, norm, MLP, residual.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
-# Most rows of a step that is fused, by device and dtype: 10 % of an attention block's time are saved, or more. Steps of
-# 1, 8, 16, 32 and 64 rows of SmolLM2-135M, all weightings different, K = 2, behind 64 tokens, CPU time of one thread of
-# a Xeon with AMX, a shared machine: float32 15, 12, 12, 11 and 6 % (medians of three to five runs, of which one had 8
-# at 16 and 32 rows); bfloat16 18, 19, 16, 16 and 11 %; float32 copies beside it 17, 13, 13, 12 and 12 %. Others are not
-# measured.
-MOST_ROWS = {("cpu", torch.float32): 32, ("cpu", torch.bfloat16): DECODE_ROWS}
+# Up to how many rows a decode step's attention blocks take 10 % less time by mixed_qkv. SmolLM2-135M's shape, K = 2,
+# all weightings different, 64 cached tokens, 1, 4, 8, 16, 32 and 64 rows on a Xeon with AMX, two threads (make bench,
+# BENCH_FLAGS="-k qkv", has two of these): float32 12, 16, 12, 15 and 4 % less, and at 64 rows 6 (CPU time); bfloat16
+# 16, 20, 21, 24, 22 and 15 %; float32 copies beside it 17, 19, 21, 16, 17 and 11 %. Others are not measured.
+MOST_ROWS = {("cpu", torch.float32): 16, ("cpu", torch.bfloat16): DECODE_ROWS}
 
 
 class LlamaDecoder(FrontedModule):
