@@ -35,11 +35,14 @@ def cases(suite: str, device: str) -> dict[str, Case]:
         return {}
     if suite == "tiny":
         return {"tiny-qkv": Case(3, 48, 48, 2, 3)}
-    if suite != "named":
+    if suite not in ("named", "full"):
         return {}
+    row_counts = (1, 16) if suite == "named" else (1, 4, 8, 16, 32, 64)
     kinds = {"f32": ("f32", "f32"), "bf16": ("bf16", "bf16"), "bf16-deltas-f32": ("bf16", "f32")}
     return {
-        f"qkv-smollm2-{kind}-M{M}": Case(M, 576, 576, 2, M, *dtypes) for kind, dtypes in kinds.items() for M in (1, 32)
+        f"qkv-smollm2-{kind}-M{M}": Case(M, 576, 576, 2, M, *dtypes)
+        for kind, dtypes in kinds.items()
+        for M in row_counts
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests_support import load_setup
 
 import clp_kernels
 
@@ -25,12 +25,7 @@ needs_object = pytest.mark.skipif(
 def setup_py(monkeypatch) -> ModuleType:
     for name in ("CLP_SKIP_EXTENSION", "CLP_SKIP_CUDA", "CUDA_HOME", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("clp_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_setup()
 
 
 def program(path: Path) -> Path:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -87,3 +90,13 @@ def randomise_deltas(model, std: float = 0.1, seed: int = 1) -> None:
         for layer in conditioned_layers(model).values():
             for parameter in layer.added_parameters().values():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def load_setup() -> ModuleType:
+    """setup.py, not run as a program."""
+    spec = importlib.util.spec_from_file_location("clp_setup", Path(__file__).parents[1] / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

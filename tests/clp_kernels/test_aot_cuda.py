@@ -7,7 +7,6 @@ cubins stay in build/aot by the hash of sources, flags and compiler.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import shlex
 import shutil
@@ -15,10 +14,10 @@ import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 
 import gpu_binaries
 import pytest
+from tests_support import load_setup
 
 ROOT = Path(__file__).parents[2]
 KNOWN = json.loads(Path(__file__).with_name("aot_known.json").read_text())
@@ -28,15 +27,6 @@ HOPPER_ALONE = "_sm90.cu"  # sources whose instructions no other architecture ha
 Functions = dict[str, tuple[dict[str, int], "Counter[str]"]]
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH: the CUDA kernels are not compiled")
-
-
-def load_setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("clp_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def compile_source(source: Path, architecture: str) -> Path:
