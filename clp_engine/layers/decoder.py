@@ -23,9 +23,10 @@ from clp_kernels.select import DECODE_ROWS
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Up to how many rows a decode step's attention blocks take 10 % less time by mixed_qkv. SmolLM2-135M's shape, K = 2,
-# all weightings different, 64 cached tokens, 1, 4, 8, 16, 32 and 64 rows on a Xeon with AMX, two threads (`make
-# bench-full BENCH_FLAGS="-k qkv"`): float32 12, 16, 12, 15 and 4 % less, 64 rows not compared; bfloat16 16, 20, 21, 24,
-# 22 and 15 %; float32 copies beside it 17, 19, 21, 16, 17 and 11 %. Other dtypes and devices are not measured.
+# all weightings different, 64 cached tokens, 1, 4, 8, 16, 32 and 64 rows on a Xeon with AMX, two threads, percent saved
+# in two runs (`make bench-full BENCH_FLAGS="-k qkv"`): float32 12 16 12 15 4 -, 23 22 16 16 8 7; bfloat16 16 20 21 24
+# 22 15, 25 26 34 23 24 15; float32 copies beside it 17 19 21 16 17 11, 22 17 19 18 18 15. The layer's own forward by
+# torch.compile takes up to 19 % less than this. Other dtypes and devices are not measured.
 MOST_ROWS = {("cpu", torch.float32): 16, ("cpu", torch.bfloat16): DECODE_ROWS}
 
 
