@@ -60,7 +60,7 @@ static void release() { __asm__ volatile("tilerelease" : : :); }
 #include "mixed_linear_cpu_amx_panels.h"
 
 // out[n, i] = or, where `add`, += <row n of the panel, row i of x>, [32, 32]; x has one tile of rows, or two that are
-// x_step apart. `fetch`: what lies panel.ahead is fetched ahead.
+// x_step apart. `fetch`: as many rows, panel.ahead from here, are fetched ahead, in the order of memory.
 template <bool two_outputs, bool two_rows>
 static __attribute__((noinline)) void multiply(const Panel& panel, const Bf16* x, int64_t x_step, int64_t tiles,
                                                bool fetch, bool add, float* out) {
@@ -75,13 +75,18 @@ static __attribute__((noinline)) void multiply(const Panel& panel, const Bf16* x
     if (two_outputs) CLP_TILE_ZERO(2);
     if (two_outputs && two_rows) CLP_TILE_ZERO(3);
   }
-  const char *low = panel.low, *high = panel.high;
+  const char *low = panel.low, *high = panel.high, *next = panel.low + panel.ahead;
+  int64_t left_of_row = tiles;
   for (int64_t t = 0; t < tiles; t++, low += panel.tile_step, high += panel.tile_step, x += kTileSize) {
-    if (fetch) {
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kTile; i++) __builtin_prefetch(low + panel.ahead + i * panel.row_step, 0, 2);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kTile; i++) __builtin_prefetch(high + panel.ahead + i * panel.row_step, 0, 2);
+    for (int64_t left = fetch ? kOutputs : 0; left > 0;) {
+      const int64_t lines = left < left_of_row ? left : left_of_row;
+      for (int64_t i = 0; i < lines; i++, next += 64) __builtin_prefetch(next, 0, 2);
+      left -= lines;
+      left_of_row -= lines;
+      if (left_of_row == 0) {
+        next += panel.row_step - tiles * panel.tile_step;
+        left_of_row = tiles;
+      }
     }
     CLP_TILE_LOAD(6, x, 64);
     if (two_rows) CLP_TILE_LOAD(7, x + x_step, 64);

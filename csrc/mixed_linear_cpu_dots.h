@@ -6,8 +6,10 @@ constexpr int64_t kMaxDots = 8;
 constexpr int kDotStreams = 3;  // by 4 rows of x they fill AVX2's 16 registers
 constexpr int kDotRows = 4;
 
-// Floats of x that are read again and again: 16 KiB, half a first-level cache, which the weights pass through as well.
-constexpr int64_t kDotFloats = 4096;
+// Bytes of x that are read again and again. Half a first-level cache of 32 KiB, which the weights pass through as well;
+// with AVX-512 two thirds of one of 48: 4 rows of 2048 float32 then read rows of weights as a whole (K = 4: .94 to .96
+// of one row's bandwidth instead of .84 to .86, two Xeon threads).
+constexpr int64_t kDotBytes = kWidth == 16 ? 32768 : 16384;
 
 // Terms [begin, end) of rows of weights, `next` those that are read after these: they are fetched ahead.
 template <typename Weight>
@@ -15,15 +17,38 @@ struct DotRows {
   const Weight *w[kDotStreams], *next[kDotStreams];
 };
 
-// out[j * step + i] = or += <w[j], x_i>, a row of x every x_step floats. Two sums for each where registers allow it, so
+// Products of kTerms weights with as many terms of x, added to the lanes of a sum.
+template <typename Weight, typename X>
+struct Products {
+  static constexpr int kTerms = kWidth;
+  typedef Vec Terms;
+  CLP_INLINE_MEMBER static Terms of(const Weight* p) { return load(p); }
+  CLP_INLINE_MEMBER static Terms of_x(const X* p) { return load(p); }
+  CLP_INLINE_MEMBER static Vec add(Vec sum, Terms weight, Terms x) { return sum + weight * x; }
+};
+
+#ifdef CLP_DOT_BF16
+// Of pairs, in float32. Exact; denormals count as zero.
+template <>
+struct Products<Bf16, Bf16> {
+  static constexpr int kTerms = 2 * kWidth;
+  typedef __m512bh Terms;
+  CLP_INLINE_MEMBER static Terms of(const Bf16* p) { return (Terms)_mm512_loadu_si512(p); }
+  CLP_INLINE_MEMBER static Terms of_x(const Bf16* p) { return of(p); }
+  CLP_INLINE_MEMBER static Vec add(Vec sum, Terms weight, Terms x) { return (Vec)_mm512_dpbf16_ps((__m512)sum, weight, x); }
+};
+#endif
+
+// out[j * step + i] = or += <w[j], x_i>, a row of x every x_step terms. Two sums for each where registers allow it, so
 // that additions wait less for one another.
-template <int J, int R, typename Weight>
-CLP_INLINE void dot_block(const DotRows<Weight>& rows, const float* x, int64_t x_step, int64_t length, bool add,
+template <int J, int R, typename Weight, typename X>
+CLP_INLINE void dot_block(const DotRows<Weight>& rows, const X* x, int64_t x_step, int64_t length, bool add,
                           float* out, int64_t step) {
+  typedef Products<Weight, X> P;
   // Lines fetched ahead. A row of 16-bit weights is soon over, and sums of lanes follow each: with 16 lines instead of
   // 8 bf16 takes .75 to .97 of the time (K = 2 to 4, 1 to 4 rows, 2048 x 2048, two Zen 3 cores).
   constexpr int64_t line = 64 / sizeof(Weight), ahead = (sizeof(Weight) == 4 ? 8 : 16) * line;
-  constexpr int U = J * R * 2 <= 12 && line >= 2 * kWidth ? 2 : 1;
+  constexpr int U = J * R * 2 <= 12 && line >= 2 * P::kTerms ? 2 : 1;
   Vec sum[U][J][R];
 #pragma GCC unroll 2
   for (int u = 0; u < U; u++) {
@@ -40,15 +65,18 @@ CLP_INLINE void dot_block(const DotRows<Weight>& rows, const float* x, int64_t x
       __builtin_prefetch(d + ahead < length ? rows.w[j] + d + ahead : rows.next[j] + d + ahead - length);
     }
 #pragma GCC unroll 8
-    for (int at = 0; at < line; at += kWidth) {
-      Vec weight[J];
+    for (int at = 0; at < line; at += P::kTerms) {
+      typename P::Terms weight[J];
 #pragma GCC unroll 8
-      for (int j = 0; j < J; j++) weight[j] = load(rows.w[j] + d + at);
+      for (int j = 0; j < J; j++) weight[j] = P::of(rows.w[j] + d + at);
 #pragma GCC unroll 8
       for (int i = 0; i < R; i++) {
-        const Vec value = load(x + i * x_step + d + at);
+        const typename P::Terms value = P::of_x(x + i * x_step + d + at);
 #pragma GCC unroll 8
-        for (int j = 0; j < J; j++) sum[at / kWidth % U][j][i] += weight[j] * value;
+        for (int j = 0; j < J; j++) {
+          Vec& total = sum[at / P::kTerms % U][j][i];
+          total = P::add(total, weight[j], value);
+        }
       }
     }
   }
@@ -68,47 +96,11 @@ CLP_INLINE void dot_block(const DotRows<Weight>& rows, const float* x, int64_t x
 #pragma GCC unroll 8
     for (int i = 0; i < R; i++) {
       float total = totals[j * R + i];
-      for (int64_t t = d; t < length; t++) total += load_one(rows.w[j] + t) * x[i * x_step + t];
+      for (int64_t t = d; t < length; t++) total += load_one(rows.w[j] + t) * load_one(x + i * x_step + t);
       out[j * step + i] = add ? out[j * step + i] + total : total;
     }
   }
 }
-
-#ifdef CLP_DOT_BF16
-// The same for bf16 weights and rows: products of pairs, summed in float32. Exact products; denormals count as zero.
-template <int J, int R>
-CLP_INLINE void dot_block(const DotRows<Bf16>& rows, const Bf16* x, int64_t x_step, int64_t length, bool add,
-                          float* out, int64_t step) {
-  constexpr int64_t pairs = 2 * kWidth;
-  __m512 sum[J][R];
-#pragma GCC unroll 8
-  for (int j = 0; j < J; j++) {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++) sum[j][i] = _mm512_setzero_ps();
-  }
-  for (int64_t d = 0; d < length; d += pairs) {
-    // Lanes past the end are loaded as zero.
-    const __mmask32 valid = length - d >= pairs ? ~(__mmask32)0 : (__mmask32)(((uint64_t)1 << (length - d)) - 1);
-    __m512bh weight[J];
-#pragma GCC unroll 8
-    for (int j = 0; j < J; j++) weight[j] = (__m512bh)_mm512_maskz_loadu_epi16(valid, rows.w[j] + d);
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
-      const __m512bh value = (__m512bh)_mm512_maskz_loadu_epi16(valid, x + i * x_step + d);
-#pragma GCC unroll 8
-      for (int j = 0; j < J; j++) sum[j][i] = _mm512_dpbf16_ps(sum[j][i], weight[j], value);
-    }
-  }
-#pragma GCC unroll 8
-  for (int j = 0; j < J; j++) {
-#pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
-      const float total = sum_lanes((Vec)sum[j][i]);
-      out[j * step + i] = add ? out[j * step + i] + total : total;
-    }
-  }
-}
-#endif
 
 template <int J, typename Weight, typename X>
 static __attribute__((noinline)) void dot_rows(const DotRows<Weight>& rows, const X* x, int64_t count, int64_t x_step,
@@ -138,7 +130,7 @@ struct WeightRows {
 // out[row * step + i] = <row, x_i> for `count` rows of x; of all weights one piece of terms after the other.
 template <typename Weight, typename X>
 static void all_dots(const WeightRows<Weight>& weights, const X* x, int64_t count, float* out, int64_t step) {
-  const int64_t D = weights.D, piece = kDotFloats / count / 64 * 64;
+  const int64_t D = weights.D, piece = kDotBytes / (count * (int64_t)sizeof(X)) / 64 * 64;
   for (int64_t d = 0; d < D || d == 0; d += piece) {
     const int64_t length = D - d < piece ? D - d : piece;
     int64_t row = 0;
