@@ -60,7 +60,8 @@ struct RowsJob {
   const Panel* panels;
   int64_t num_panels;
   const float* x;            // packed, [num_panels, D, panel_rows]; for `dots`, [rows, D] of the only panel
-  const Bf16* x_bf16;        // for `dots`, where x itself is bf16: for instructions that multiply bf16
+  const float* x_even_first; // for `dots` with streams of bf16: the same after even_terms_first
+  const Bf16* x_bf16;        // for `dots` by kernels that take bf16 rows: x itself
   bool dots;                 // few rows: dot products along D instead of packed panels
   const float* c;            // [K, num_panels * panel_rows]
   const float* bias;         // [N] or null
@@ -114,10 +115,13 @@ struct Kernels {
   int64_t panel_rows;
   int64_t group;             // rows of weights (of a) of one work item of `rows` (`product`)
   int64_t max_dots;          // rows up to which `rows` takes dots
+  bool dots_take_bf16;       // with streams of bf16 from rows of it; else from x_even_first
   // out[i] = scale * in[offset + i]
   void (*widen)(const void* in, Dtype dtype, int64_t offset, int64_t size, float scale, float* out);
   // out[offset + i] = in[i], rounded
   void (*narrow)(const float* in, int64_t size, void* out, Dtype dtype, int64_t offset);
+  // One row of x in the order in which dots multiply streams of bf16
+  void (*even_terms_first)(const float* row, int64_t size, float* out);
   // out[n - n0, d - d0] = the mix, rows `step` apart
   void (*mix)(const Weights& weights, const Mix& mix, int64_t n0, int64_t n1, int64_t d0, int64_t d1, float* out,
               int64_t step);

@@ -3,8 +3,9 @@
 // Included once per instruction set, inside that set's namespace, after mixed_linear_cpu_mix.h.
 
 constexpr int64_t kMaxDots = 8;
-constexpr int kDotStreams = 3;  // by 4 rows of x they fill AVX2's 16 registers
+constexpr int kDotStreams = kWidth == 16 ? 6 : 3;  // by 4 rows of x they fill AVX-512's 32 registers, AVX2's 16
 constexpr int kDotRows = 4;
+constexpr int64_t kLine16 = 32;  // 16-bit weights of a cache line
 
 // Bytes of x that are read again and again. Half a first-level cache of 32 KiB, which the weights pass through as well;
 // with AVX-512 two thirds of one of 48: 4 rows of 2048 float32 then read rows of weights as a whole (K = 4: .94 to .96
@@ -17,12 +18,38 @@ struct DotRows {
   const Weight *w[kDotStreams], *next[kDotStreams];
 };
 
+// Weights [at, at + kWidth) of a line, for products with as many floats of x as they lie in a row for dots.
+template <typename Weight>
+CLP_INLINE Vec weights_at(const Weight* line, int at) {
+  return load(line + at);
+}
+
+// Two bfloat16s lie in 32 bits: the even one is a shift away from its float32, the odd one a mask. In their order it
+// takes a shuffle too: so the even terms of x come first, then the odd ones (even_terms_first).
+CLP_INLINE Vec weights_at(const Bf16* line, int at) {
+  VecUint pairs;
+  __builtin_memcpy(&pairs, line + at / kColumns * kColumns, sizeof(pairs));
+  return (Vec)(at % kColumns ? pairs & 0xffff0000 : pairs << 16);
+}
+
+// In each 2 * kWidth terms of a row, up to the last whole line of 16-bit weights.
+static void even_terms_first(const float* row, int64_t size, float* out) {
+  int64_t d = 0;
+  for (; d < size / kLine16 * kLine16; d += kColumns) {
+    for (int i = 0; i < kWidth; i++) {
+      out[d + i] = row[d + 2 * i];
+      out[d + kWidth + i] = row[d + 2 * i + 1];
+    }
+  }
+  for (; d < size; d++) out[d] = row[d];
+}
+
 // Products of kTerms weights with as many terms of x, added to the lanes of a sum.
 template <typename Weight, typename X>
 struct Products {
   static constexpr int kTerms = kWidth;
   typedef Vec Terms;
-  CLP_INLINE_MEMBER static Terms of(const Weight* p) { return load(p); }
+  CLP_INLINE_MEMBER static Terms of(const Weight* line, int at) { return weights_at(line, at); }
   CLP_INLINE_MEMBER static Terms of_x(const X* p) { return load(p); }
   CLP_INLINE_MEMBER static Vec add(Vec sum, Terms weight, Terms x) { return sum + weight * x; }
 };
@@ -33,8 +60,8 @@ template <>
 struct Products<Bf16, Bf16> {
   static constexpr int kTerms = 2 * kWidth;
   typedef __m512bh Terms;
-  CLP_INLINE_MEMBER static Terms of(const Bf16* p) { return (Terms)_mm512_loadu_si512(p); }
-  CLP_INLINE_MEMBER static Terms of_x(const Bf16* p) { return of(p); }
+  CLP_INLINE_MEMBER static Terms of_x(const Bf16* p) { return (Terms)_mm512_loadu_si512(p); }
+  CLP_INLINE_MEMBER static Terms of(const Bf16* line, int at) { return of_x(line + at); }
   CLP_INLINE_MEMBER static Vec add(Vec sum, Terms weight, Terms x) { return (Vec)_mm512_dpbf16_ps((__m512)sum, weight, x); }
 };
 #endif
@@ -47,7 +74,7 @@ CLP_INLINE void dot_block(const DotRows<Weight>& rows, const X* x, int64_t x_ste
   typedef Products<Weight, X> P;
   // Lines fetched ahead. A row of 16-bit weights is soon over, and sums of lanes follow each: with 16 lines instead of
   // 8 bf16 takes .75 to .97 of the time (K = 2 to 4, 1 to 4 rows, 2048 x 2048, two Zen 3 cores).
-  constexpr int64_t line = 64 / sizeof(Weight), ahead = (sizeof(Weight) == 4 ? 8 : 16) * line;
+  constexpr int64_t line = 64 / sizeof(Weight), ahead = (sizeof(Weight) == 4 && kWidth < 16 ? 8 : 16) * line;
   constexpr int U = J * R * 2 <= 12 && line >= 2 * P::kTerms ? 2 : 1;
   Vec sum[U][J][R];
 #pragma GCC unroll 2
@@ -68,7 +95,7 @@ CLP_INLINE void dot_block(const DotRows<Weight>& rows, const X* x, int64_t x_ste
     for (int at = 0; at < line; at += P::kTerms) {
       typename P::Terms weight[J];
 #pragma GCC unroll 8
-      for (int j = 0; j < J; j++) weight[j] = P::of(rows.w[j] + d + at);
+      for (int j = 0; j < J; j++) weight[j] = P::of(rows.w[j] + d, at);
 #pragma GCC unroll 8
       for (int i = 0; i < R; i++) {
         const typename P::Terms value = P::of_x(x + i * x_step + d + at);
@@ -127,27 +154,45 @@ struct WeightRows {
   }
 };
 
+// The same, one row after the other: `at` divides.
+template <typename Weight>
+struct RowWalk {
+  WeightRows<Weight> rows;
+  int64_t copy = 0;
+
+  CLP_INLINE_MEMBER const Weight* next() {
+    const Weight* row = rows.first + (rows.copies ? rows.copies[copy] * rows.D : 0);
+    if (++copy == rows.num_copies) {
+      copy = 0;
+      rows.first += rows.K * rows.D;
+    }
+    return row;
+  }
+};
+
 // out[row * step + i] = <row, x_i> for `count` rows of x; of all weights one piece of terms after the other.
 template <typename Weight, typename X>
 static void all_dots(const WeightRows<Weight>& weights, const X* x, int64_t count, float* out, int64_t step) {
+  if (weights.count == 0) return;
   const int64_t D = weights.D, piece = kDotBytes / (count * (int64_t)sizeof(X)) / 64 * 64;
   for (int64_t d = 0; d < D || d == 0; d += piece) {
     const int64_t length = D - d < piece ? D - d : piece;
+    RowWalk<Weight> left{weights};
+    const Weight *first[kDotStreams], *then[kDotStreams];
+    for (int j = 0; j < kDotStreams; j++) first[j] = then[j] = left.next();
     int64_t row = 0;
     for (; row + kDotStreams <= weights.count; row += kDotStreams) {
       DotRows<Weight> rows;
       const bool same_piece = row + 2 * kDotStreams <= weights.count, next_piece = !same_piece && d + length < D;
       for (int j = 0; j < kDotStreams; j++) {
-        rows.w[j] = weights.at(row + j) + d;
-        const Weight* ahead = weights.at(row + kDotStreams + j) + (same_piece ? d : 0);
-        rows.next[j] = next_piece ? weights.at(j) + d + length : ahead;
+        rows.w[j] = then[j] + d;
+        then[j] = left.next();
+        rows.next[j] = next_piece ? first[j] + d + length : then[j] + (same_piece ? d : 0);
       }
       dot_rows<kDotStreams>(rows, x + d, count, D, length, d > 0, out + row * step, step);
     }
-    for (; row < weights.count; row++) {
-      DotRows<Weight> rows;
-      rows.w[0] = weights.at(row) + d;
-      rows.next[0] = weights.at(row + 1) + d;
+    for (int j = 0; row < weights.count; row++, j++) {
+      const DotRows<Weight> rows{{then[j] + d}, {then[j + 1] + d}};
       dot_rows<1>(rows, x + d, count, D, length, d > 0, out + row * step, step);
     }
   }

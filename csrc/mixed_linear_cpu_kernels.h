@@ -33,9 +33,16 @@ constexpr int64_t kColumns = 2 * kWidth;
 }  // namespace CLP_ISA
 
 extern const Kernels CLP_JOIN(kernels_, CLP_ISA);
+#ifdef CLP_DOT_BF16
+#define CLP_DOTS_TAKE_BF16 true
+#else
+#define CLP_DOTS_TAKE_BF16 false
+#endif
+
 const Kernels CLP_JOIN(kernels_, CLP_ISA) = {
-    CLP_ISA::kColumns, CLP_ISA::kRows,      CLP_ISA::kMaxDots, CLP_ISA::widen, CLP_ISA::narrow,
-    CLP_ISA::mix,      CLP_ISA::mix_panels, CLP_ISA::pack,     CLP_ISA::rows,  CLP_ISA::product,
+    CLP_ISA::kColumns, CLP_ISA::kRows,  CLP_ISA::kMaxDots,         CLP_DOTS_TAKE_BF16,
+    CLP_ISA::widen,    CLP_ISA::narrow, CLP_ISA::even_terms_first, CLP_ISA::mix,
+    CLP_ISA::mix_panels, CLP_ISA::pack, CLP_ISA::rows,             CLP_ISA::product,
     CLP_ISA::grad};
 
 }  // namespace clp

@@ -45,6 +45,24 @@ const float* gather(const Array& x, const Plan& plan, int64_t first, int64_t cou
   return rows;
 }
 
+bool reads_bf16(const RowsJob& job) {
+  return (job.streams.base && job.weights.base_dtype == Dtype::bf16) || job.weights.deltas_dtype == Dtype::bf16;
+}
+
+// Sets the rows of x that dots read; those that have to be made lie in `scratch`, 2 * M * D floats.
+void set_dot_rows(const Array& x, const Plan& plan, int64_t M, float* scratch, RowsJob& job) {
+  const Kernels& kernels = kernels_in_use();
+  const int64_t D = job.weights.D;
+  job.x = gather(x, plan, 0, M, D, scratch);
+  if (!reads_bf16(job)) return;
+  if (kernels.dots_take_bf16 && x.dtype == Dtype::bf16) {
+    job.x_bf16 = static_cast<const Bf16*>(x.data);
+  } else {
+    job.x_even_first = scratch + M * D;
+    for (int64_t i = 0; i < M; i++) kernels.even_terms_first(job.x + i * D, D, scratch + (M + i) * D);
+  }
+}
+
 }  // namespace
 
 void run_rows(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes, bool mixed, const Array& x,
@@ -56,13 +74,14 @@ void run_rows(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes,
   const std::vector<Panel> panels = list_panels(plan, mixes, mixed, args.M, width);
   const int64_t most = std::clamp<int64_t>(kPanelFloats / std::max<int64_t>(width * D, 1), 1, kPanels);
   const int64_t together = std::min<int64_t>(most, static_cast<int64_t>(panels.size()));
-  const Scratch packed(dots ? 0 : together * width * D);
-  const ThreadScratch unpacked(x.is_float() && plan.order.empty() ? 0 : width * D);
-  RowsJob job{w, mixes.any(), nullptr, 0, nullptr, nullptr, dots, nullptr, nullptr, nullptr, nullptr, y, y_dtype};
+  const bool in_place = x.is_float() && plan.order.empty();
+  const ThreadScratch unpacked(in_place || dots ? 0 : width * D);
+  RowsJob job{w, mixes.any(), nullptr, 0, nullptr, nullptr, nullptr, dots, nullptr, nullptr, nullptr, nullptr, y, y_dtype};
   if (!bias.bias.empty()) job.bias = bias.bias.data();
   if (!bias.bias_deltas.empty()) job.bias_deltas = bias.bias_deltas.data();
   if (!plan.order.empty()) job.order = plan.order.data();
   job.num_panels = together;
+  const Scratch packed(!dots ? together * width * D : in_place && !reads_bf16(job) ? 0 : 2 * args.M * D);
   const ThreadScratch sums(rows_scratch(kernels, job));
   for (size_t first = 0; first < panels.size(); first += together) {
     job.panels = panels.data() + first;
@@ -70,8 +89,7 @@ void run_rows(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes,
     const std::vector<float> c = list_coefficients(args, plan, job, width);
     job.c = c.data();
     if (dots) {
-      job.x = gather(x, plan, 0, args.M, D, unpacked.get());
-      if (x.dtype == Dtype::bf16) job.x_bf16 = static_cast<const Bf16*>(x.data);
+      set_dot_rows(x, plan, args.M, packed.get(), job);
     } else {
       job.x = packed.get();
       parallel(job.num_panels, width * D, [&](int64_t begin, int64_t end) {
