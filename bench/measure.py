@@ -21,7 +21,9 @@ from bench.workload import CEILING, OURS, Contender, Workload, clear_gradients, 
 MIN_ROUND_S = 2e-4  # shorter rounds are mostly the clock's
 MIN_GPU_ROUND_S = 1e-3  # by a call launched from Python; a graph's start and end then are a hundredth or less
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
-SLOW_S = 1.0  # 3 rounds have to do where one of ours, ceiling and limits takes longer; of a peer that slow the first
+# 3 rounds have to do where one of ours, ceiling and limits takes longer; of a peer that slow the first, and of that as
+# many calls as take so long.
+SLOW_S = 1.0
 LONG_CALL_S = 2.0  # a first call this long is its own warm-up
 HOPELESS = 4.0  # times ours: peers of a ceiling that long and this far behind are left out, they do more than it does
 
@@ -162,7 +164,10 @@ def _plan(work: Workload, calls: int, buffer: Tensor, reads: int, costs: dict[st
     """Half of the time for ours, the ceiling and the reads, which take part in every round; half for the others."""
     costs = {name: calls * cost for name, cost in costs.items()}
     functions = _limit_rounds(work, buffer, reads)
-    functions |= {name: _make_round(work, name, calls) for name in work.contenders}
+    for index, name in enumerate(work.contenders):
+        made = calls if name in (OURS, CEILING) else min(calls, 1 + int(calls * SLOW_S / max(costs[name], 1e-9)))
+        first = 0 if made == calls else index * len(work.sets) // len(work.contenders)
+        functions[name] = _make_round(work, name, range(first, first + made), calls / made)
 
     def clear(name: str) -> None:
         if name in work.contenders:
@@ -188,14 +193,18 @@ def _plan(work: Workload, calls: int, buffer: Tensor, reads: int, costs: dict[st
     return Plan(rounds, {name: functions[name] for name in functions if name not in once}, strides, clear, once)
 
 
-def _make_round(work: Workload, name: str, calls: int) -> Callable[[], float]:
-    """Return a function that makes `calls` calls over the weight sets in turn and returns the seconds of all."""
+def _make_round(work: Workload, name: str, calls: range, stand_for: float) -> Callable[[], float]:
+    """Return a function that makes these calls over the weight sets in turn and returns the seconds of all of a round.
+
+    A slow peer's calls stand for as many as the others make. Each slow peer has its own place in the rotation: after
+    whole rotations by the others its sets are cold.
+    """
     contender, sets = work.contenders[name], work.sets
     outputs, gradients, mode = work.outputs, work.gradients, work.mode
 
     def issue() -> None:
         with mode():
-            for index in range(calls):
+            for index in calls:
                 run(contender, sets[index % len(sets)], outputs, gradients)
 
     replay: Callable[[], object] = issue
@@ -205,7 +214,7 @@ def _make_round(work: Workload, name: str, calls: int) -> Callable[[], float]:
         except Exception as error:  # timed as it is launched from Python then, and said so
             synchronize(work.device)
             work.note(f"CUDA graph of {name}", error)
-    return lambda: device_seconds(replay, work.device)
+    return lambda: stand_for * device_seconds(replay, work.device)
 
 
 def _limit_rounds(work: Workload, buffer: Tensor, reads: int) -> dict[str, Callable[[], float]]:
