@@ -118,14 +118,21 @@ CLP_INLINE void dot_block(const DotRows<Weight>& rows, const X* x, int64_t x_ste
     }
     store(totals + first, sum_lanes_of_all(vectors));
   }
+  if (d < length) {
+    for (int j = 0; j < J; j++) {
+      for (int i = 0; i < R; i++) {
+        for (int64_t t = d; t < length; t++) totals[j * R + i] += load_one(rows.w[j] + t) * load_one(x + i * x_step + t);
+      }
+    }
+  }
 #pragma GCC unroll 8
   for (int j = 0; j < J; j++) {
+    float* to = out + j * step;
+    if (add) {
 #pragma GCC unroll 8
-    for (int i = 0; i < R; i++) {
-      float total = totals[j * R + i];
-      for (int64_t t = d; t < length; t++) total += load_one(rows.w[j] + t) * load_one(x + i * x_step + t);
-      out[j * step + i] = add ? out[j * step + i] + total : total;
+      for (int i = 0; i < R; i++) totals[j * R + i] += to[i];
     }
+    __builtin_memcpy(to, totals + j * R, R * sizeof(float));
   }
 }
 

@@ -155,25 +155,26 @@ CLP_INLINE float sum_lanes(Vec v) {
 }
 
 // Adds lanes l and l + half of each vector in groups of 2 * half lanes: of the first vector into the lower half of each
-// group, of the second into the upper one.
+// group, of the second into the upper one. A blend and one shuffle: two shuffles would wait for the one port that has
+// them.
 template <int half>
 CLP_INLINE Vec add_halves(Vec a, Vec b) {
-  Vec low, high;
+  Vec here, there;
 #if defined(__clang__)
   for (int i = 0; i < kWidth; i++) {
-    low[i] = (i & half) ? b[i - half] : a[i];
-    high[i] = (i & half) ? b[i] : a[i + half];
+    here[i] = (i & half) ? b[i] : a[i];
+    there[i] = (i & half) ? b[i - half] : a[i + half];
   }
 #else
-  VecInt of_low, of_high;
+  VecInt of_here, of_there;
   for (int i = 0; i < kWidth; i++) {
-    of_low[i] = (i & half) ? kWidth + i - half : i;
-    of_high[i] = (i & half) ? kWidth + i : i + half;
+    of_here[i] = (i & half) ? kWidth + i : i;
+    of_there[i] = (i & half) ? kWidth + i - half : i + half;
   }
-  low = __builtin_shuffle(a, b, of_low);
-  high = __builtin_shuffle(a, b, of_high);
+  here = __builtin_shuffle(a, b, of_here);
+  there = __builtin_shuffle(a, b, of_there);
 #endif
-  return low + high;
+  return here + there;
 }
 
 template <int half>
