@@ -9,27 +9,39 @@
 // 4 %.
 constexpr int64_t kChain = 128;
 
+// A block's rows of weights, and, where that is not null, as many weights that are fetched meanwhile.
+struct BlockRows {
+  const float *w[kRows], *next[kRows];
+};
+
 // out[j, :] = or += sum_t w[j][t] panel[t, :], R rows of weights by V vectors. Each sum runs over its steps in order.
+//
+// A line of each row is fetched every 16 steps: all of them at once are more than can be on their way, and what is read
+// next waits behind them.
 template <int R, int V>
-static __attribute__((noinline)) void multiply(const float* const* w, const float* panel, int64_t steps, float* out,
-                                               int64_t out_step, bool add) {
+static __attribute__((noinline)) void multiply(const BlockRows& rows, bool fetch, const float* panel, int64_t steps,
+                                               float* out, int64_t out_step, bool add) {
   const float* row[R];
   Vec sum[R][V];
 #pragma GCC unroll 16
   for (int j = 0; j < R; j++) {
-    row[j] = w[j];
+    row[j] = rows.w[j];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[j][v] = splat(0.0f);
   }
-  for (int64_t t = 0; t < steps; t++, panel += kColumns) {
-    Vec x[V];
+  for (int64_t t = 0; t < steps;) {
+    for (int j = 0; fetch && j < R; j++) __builtin_prefetch(rows.next[j] + t);
+    const int64_t end = t + 16 < steps ? t + 16 : steps;
+    for (; t < end; t++, panel += kColumns) {
+      Vec x[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; v++) x[v] = load(panel + v * kWidth);
+      for (int v = 0; v < V; v++) x[v] = load(panel + v * kWidth);
 #pragma GCC unroll 16
-    for (int j = 0; j < R; j++) {
-      const Vec weight = splat(row[j][t]);
+      for (int j = 0; j < R; j++) {
+        const Vec weight = splat(row[j][t]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[j][v] += weight * x[v];
+        for (int v = 0; v < V; v++) sum[j][v] += weight * x[v];
+      }
     }
   }
 #pragma GCC unroll 16
@@ -42,7 +54,7 @@ static __attribute__((noinline)) void multiply(const float* const* w, const floa
   }
 }
 
-typedef void (*Multiply)(const float* const*, const float*, int64_t, float*, int64_t, bool);
+typedef void (*Multiply)(const BlockRows&, bool, const float*, int64_t, float*, int64_t, bool);
 
 template <int R, int V>
 static Multiply multiply_for(int64_t rows) {
@@ -53,36 +65,56 @@ static Multiply multiply_for(int64_t rows) {
   }
 }
 
-// Terms [d, d + steps) of a row of weights as floats: where they lie, or widened into `wide`.
+// A group of rows of weights, each with the row that is read after it. Found once: WeightRows::at divides.
 template <typename Weight>
-CLP_INLINE const float* piece(const WeightRows<Weight>& weights, int64_t row, int64_t d, int64_t steps, float* wide) {
-  const Weight* from = weights.at(row) + d;
-  const Weight* next = d + kChain < weights.D ? from + kChain : weights.at(row + kRows);  // what is read after it
-  for (int64_t i = 0; i < kChain * (int64_t)sizeof(Weight); i += 64) __builtin_prefetch((const char*)next + i);
-  if constexpr (sizeof(Weight) == 4) {
-    return from;
-  } else {
-    widen_row(from, steps, 1.0f, wide);
-    return wide;
+struct RowGroup {
+  const Weight *row[kRows], *after[kRows];
+  int64_t D;
+
+  CLP_INLINE_MEMBER RowGroup(const WeightRows<Weight>& weights, int64_t first, int64_t count) : D(weights.D) {
+    for (int64_t j = 0; j < count; j++) {
+      row[j] = weights.at(first + j);
+      after[j] = weights.at(first + j + kRows);
+    }
   }
+
+  // Terms [d, d + steps) of row j as floats: where they lie, or widened into `wide`.
+  CLP_INLINE_MEMBER const float* terms(int64_t j, int64_t d, int64_t steps, float* wide, const float*& fetch) const {
+    const Weight *from = row[j] + d, *next = d + kChain < D ? from + kChain : after[j];
+    if constexpr (sizeof(Weight) == 4) {
+      fetch = next;
+      return from;
+    } else {
+      for (int64_t t = 0; t < kChain; t += 32) __builtin_prefetch(next + t);
+      widen_row(from, steps, 1.0f, wide);
+      return wide;
+    }
+  }
+};
+
+template <typename Weight>
+CLP_INLINE RowGroup<Weight> group_of(const WeightRows<Weight>& weights, int64_t first, int64_t count) {
+  return {weights, first, count};
 }
 
 // Rows of a float32 matrix with any steps.
 struct StridedRows {
   const float* first;
   int64_t count, D, row_step, step;
+
+  CLP_INLINE_MEMBER const float* terms(int64_t j, int64_t d, int64_t steps, float* wide, const float*& fetch) const {
+    const float* from = first + j * row_step + d * step;
+    if (step == 1) {
+      fetch = j + kRows < count ? from + kRows * row_step : from;
+      return from;
+    }
+    for (int64_t t = 0; t < steps; t++) wide[t] = from[t * step];
+    return wide;
+  }
 };
 
-CLP_INLINE const float* piece(const StridedRows& rows, int64_t row, int64_t d, int64_t steps, float* wide) {
-  const float* from = rows.first + row * rows.row_step + d * rows.step;
-  if (rows.step == 1) {
-    if (row + kRows < rows.count) {
-      for (int64_t t = 0; t < steps; t += 16) __builtin_prefetch(from + kRows * rows.row_step + t);
-    }
-    return from;
-  }
-  for (int64_t t = 0; t < steps; t++) wide[t] = from[t * rows.step];
-  return wide;
+CLP_INLINE StridedRows group_of(const StridedRows& rows, int64_t first, int64_t) {
+  return {rows.first + first * rows.row_step, rows.count - first, rows.D, rows.row_step, rows.step};
 }
 
 // out[row * step + p * kColumns + i] = <row, x_i of panel p>, block after block of kChain terms; for `count` rows from
@@ -92,14 +124,19 @@ static void group_products(const Rows& rows, int64_t row, int64_t count, const P
                            const float* x, float* out, int64_t step, bool add) {
   alignas(64) float wide[kRows * kChain];
   const int64_t D = rows.D;
+  const auto group = group_of(rows, row, count);
   const Multiply two = multiply_for<kRows, 2>(count), one = multiply_for<kRows, 1>(count);
   for (int64_t d = 0; d < D || d == 0; d += kChain) {
     const int64_t steps = D - d < kChain ? D - d : kChain;
-    const float* w[kRows];
-    for (int64_t j = 0; j < count; j++) w[j] = piece(rows, row + j, d, steps, wide + j * kChain);
+    BlockRows block;
+    block.next[0] = nullptr;
+    for (int64_t j = 0; j < count; j++) {
+      block.w[j] = group.terms(j, d, steps, wide + j * kChain, block.next[j]);
+    }
     for (int64_t p = 0; p < num_panels; p++) {
       const auto multiply_panel = panels[p].rows > kWidth ? two : one;
-      multiply_panel(w, x + (p * D + d) * kColumns, steps, out + p * kColumns, step, add || d > 0);
+      const bool fetch = p == 0 && block.next[0];
+      multiply_panel(block, fetch, x + (p * D + d) * kColumns, steps, out + p * kColumns, step, add || d > 0);
     }
   }
 }
