@@ -62,7 +62,9 @@ struct Products<Bf16, Bf16> {
   typedef __m512bh Terms;
   CLP_INLINE_MEMBER static Terms of_x(const Bf16* p) { return (Terms)_mm512_loadu_si512(p); }
   CLP_INLINE_MEMBER static Terms of(const Bf16* line, int at) { return of_x(line + at); }
-  CLP_INLINE_MEMBER static Vec add(Vec sum, Terms weight, Terms x) { return (Vec)_mm512_dpbf16_ps((__m512)sum, weight, x); }
+  CLP_INLINE_MEMBER static Vec add(Vec sum, Terms weight, Terms x) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, weight, x);
+  }
 };
 #endif
 
@@ -121,7 +123,8 @@ CLP_INLINE void dot_block(const DotRows<Weight>& rows, const X* x, int64_t x_ste
   if (d < length) {
     for (int j = 0; j < J; j++) {
       for (int i = 0; i < R; i++) {
-        for (int64_t t = d; t < length; t++) totals[j * R + i] += load_one(rows.w[j] + t) * load_one(x + i * x_step + t);
+        float& total = totals[j * R + i];
+        for (int64_t t = d; t < length; t++) total += load_one(rows.w[j] + t) * load_one(x + i * x_step + t);
       }
     }
   }

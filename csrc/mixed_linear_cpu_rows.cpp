@@ -76,7 +76,8 @@ void run_rows(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes,
   const int64_t together = std::min<int64_t>(most, static_cast<int64_t>(panels.size()));
   const bool in_place = x.is_float() && plan.order.empty();
   const ThreadScratch unpacked(in_place || dots ? 0 : width * D);
-  RowsJob job{w, mixes.any(), nullptr, 0, nullptr, nullptr, nullptr, dots, nullptr, nullptr, nullptr, nullptr, y, y_dtype};
+  RowsJob job{w,       mixes.any(), nullptr, 0,       nullptr, nullptr, nullptr,
+              dots,    nullptr,     nullptr, nullptr, nullptr, y,       y_dtype};
   if (!bias.bias.empty()) job.bias = bias.bias.data();
   if (!bias.bias_deltas.empty()) job.bias_deltas = bias.bias_deltas.data();
   if (!plan.order.empty()) job.order = plan.order.data();

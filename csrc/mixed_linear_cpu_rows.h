@@ -83,7 +83,9 @@ static void dot_products(const RowsJob& job, int64_t n0, int64_t count, float* s
         sum += job.c[streams.copies[a] * kColumns + i] * copy_sums[a * rows + i];
       }
       float bias = job.bias ? job.bias[n] : 0.0f;
-      for (int64_t k = 0; job.bias_deltas && k < w.K; k++) bias += job.c[k * kColumns + i] * job.bias_deltas[n * w.K + k];
+      for (int64_t k = 0; job.bias_deltas && k < w.K; k++) {
+        bias += job.c[k * kColumns + i] * job.bias_deltas[n * w.K + k];
+      }
       sums[i] = sum + bias;
     }
   }
