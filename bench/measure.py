@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,10 +164,8 @@ def _plan(work: Workload, calls: int, buffer: Tensor, reads: int, costs: dict[st
     """Half of the time for ours, the ceiling and the reads, which take part in every round; half for the others."""
     costs = {name: calls * cost for name, cost in costs.items()}
     functions = _limit_rounds(work, buffer, reads)
-    for index, name in enumerate(work.contenders):
-        made = calls if name in (OURS, CEILING) else min(calls, 1 + int(calls * SLOW_S / max(costs[name], 1e-9)))
-        first = 0 if made == calls else index * len(work.sets) // len(work.contenders)
-        functions[name] = _make_round(work, name, range(first, first + made), calls / made)
+    for name, made in calls_made({name: costs[name] for name in work.contenders}, calls).items():
+        functions[name] = _make_round(work, name, made, calls / len(made))
 
     def clear(name: str) -> None:
         if name in work.contenders:
@@ -193,12 +191,24 @@ def _plan(work: Workload, calls: int, buffer: Tensor, reads: int, costs: dict[st
     return Plan(rounds, {name: functions[name] for name in functions if name not in once}, strides, clear, once)
 
 
-def _make_round(work: Workload, name: str, calls: range, stand_for: float) -> Callable[[], float]:
-    """Return a function that makes these calls over the weight sets in turn and returns the seconds of all of a round.
+def calls_made(costs: Mapping[str, float], calls: int) -> dict[str, range]:
+    """Return which calls of a round, counted along the rotation, each contender makes; `costs`: seconds of all.
 
-    A slow peer's calls stand for as many as the others make. Each slow peer has its own place in the rotation: after
-    whole rotations by the others its sets are cold.
+    All of them, but of a slow peer as many as take `SLOW_S`, which stand for the rest. Each begins where the slow one
+    before it has stopped: a set that another has just read is in the cache.
     """
+    found, place = {}, 0
+    for name, cost in costs.items():
+        if name in (OURS, CEILING) or cost <= SLOW_S:
+            found[name] = range(calls)
+        else:
+            found[name] = range(place, place + min(calls, 1 + int(calls * SLOW_S / cost)))
+            place = found[name].stop
+    return found
+
+
+def _make_round(work: Workload, name: str, calls: range, stand_for: float) -> Callable[[], float]:
+    """Return a function that makes these calls, each on its weight set, and returns `stand_for` times their seconds."""
     contender, sets = work.contenders[name], work.sets
     outputs, gradients, mode = work.outputs, work.gradients, work.mode
 

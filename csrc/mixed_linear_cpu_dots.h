@@ -25,7 +25,9 @@ CLP_INLINE Vec weights_at(const Weight* line, int at) {
 }
 
 // Two bfloat16s lie in 32 bits: the even one is a shift away from its float32, the odd one a mask. In their order it
-// takes a shuffle too: so the even terms of x come first, then the odd ones (even_terms_first).
+// takes a shuffle too: so the even terms of x come first, then the odd ones (even_terms_first). Time of what it was in
+// their order, 1 and 4 rows, 2048 and 576 inputs, weights in the second-level cache of one Xeon core: AVX-512 .85 to .99,
+// AVX2 .79 to 1.0, SSE2 .42 to .75.
 CLP_INLINE Vec weights_at(const Bf16* line, int at) {
   VecUint pairs;
   __builtin_memcpy(&pairs, line + at / kColumns * kColumns, sizeof(pairs));
@@ -76,6 +78,8 @@ CLP_INLINE void dot_block(const DotRows<Weight>& rows, const X* x, int64_t x_ste
   typedef Products<Weight, X> P;
   // Lines fetched ahead. A row of 16-bit weights is soon over, and sums of lanes follow each: with 16 lines instead of
   // 8 bf16 takes .75 to .97 of the time (K = 2 to 4, 1 to 4 rows, 2048 x 2048, two Zen 3 cores).
+  // With AVX-512 float32 takes 16 as well: 4 rows by 3 streams 21.0 GB/s with 8 lines, 22.7 with 16, by 6 streams 24.0
+  // (a loop that does nothing else, two Xeon threads).
   constexpr int64_t line = 64 / sizeof(Weight), ahead = (sizeof(Weight) == 4 && kWidth < 16 ? 8 : 16) * line;
   constexpr int U = J * R * 2 <= 12 && line >= 2 * P::kTerms ? 2 : 1;
   Vec sum[U][J][R];

@@ -17,10 +17,10 @@ constexpr int64_t kSpreadRows = 8;
 // to 10.
 constexpr double kTileRow = 0.125;
 
-// Rows up to which dot products read the streams at least as fast as tiles do: as they lie in memory, instead of 32 rows
-// at once (bfloat16, 2048 x 2048, two Xeon threads, GB/s: K = 2 21.8 and 17.0 for 1 row, 20.2 and 18.3 for 4, 14.7 and
+// Rows up to which dot products read the streams at least as fast as tiles do: as they lie in memory, not 32 rows of
+// weights at once (bfloat16, 2048 x 2048, two Xeon threads, GB/s: K = 2 21.8 and 17.0 for 1 row, 20.2 and 18.3 for 4, 14.7 and
 // 17.2 for 8; K = 4 22.4 and 13.5, 18.1 and 14.0, 13.0 and 13.2).
-constexpr int64_t kDotRows = 4;
+constexpr int64_t kUntiledRows = 4;
 
 // Rows of a segment. Measured in float32 with K = 2 on two Zen 3 cores, torch's product and own blocks, forward and
 // gradient of x in ms: N = D = 2048, 32 segments of 32 rows 253 139, 299 131; 8 of 128 119 95, 135 86; 2 of 512 68 75,
@@ -92,7 +92,7 @@ bool streams_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, b
 }
 
 bool tiles_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, int64_t num_products) {
-  if (M <= kDotRows) return false;
+  if (M <= kUntiledRows) return false;
   const double mixed = num_segments * (num_streams * kMixStream + kPackPanel) + M;
   return num_products * M * kTileRow <= mixed;
 }

@@ -45,22 +45,22 @@ const float* gather(const Array& x, const Plan& plan, int64_t first, int64_t cou
   return rows;
 }
 
-bool reads_bf16(const RowsJob& job) {
-  return (job.streams.base && job.weights.base_dtype == Dtype::bf16) || job.weights.deltas_dtype == Dtype::bf16;
+// Whether a stream is of bf16, or of another dtype.
+bool reads(const RowsJob& job, bool bf16) {
+  return (job.streams.base && (job.weights.base_dtype == Dtype::bf16) == bf16) ||
+         (job.weights.deltas_dtype == Dtype::bf16) == bf16;
 }
 
 // Sets the rows of x that dots read; those that have to be made lie in `scratch`, 2 * M * D floats.
 void set_dot_rows(const Array& x, const Plan& plan, int64_t M, float* scratch, RowsJob& job) {
   const Kernels& kernels = kernels_in_use();
   const int64_t D = job.weights.D;
-  job.x = gather(x, plan, 0, M, D, scratch);
-  if (!reads_bf16(job)) return;
-  if (kernels.dots_take_bf16 && x.dtype == Dtype::bf16) {
-    job.x_bf16 = static_cast<const Bf16*>(x.data);
-  } else {
-    job.x_even_first = scratch + M * D;
-    for (int64_t i = 0; i < M; i++) kernels.even_terms_first(job.x + i * D, D, scratch + (M + i) * D);
-  }
+  if (kernels.dots_take_bf16 && x.dtype == Dtype::bf16) job.x_bf16 = static_cast<const Bf16*>(x.data);
+  const bool even_first = reads(job, true) && !job.x_bf16;
+  if (even_first || reads(job, false)) job.x = gather(x, plan, 0, M, D, scratch);
+  if (!even_first) return;
+  job.x_even_first = scratch + M * D;
+  for (int64_t i = 0; i < M; i++) kernels.even_terms_first(job.x + i * D, D, scratch + (M + i) * D);
 }
 
 }  // namespace
@@ -82,7 +82,7 @@ void run_rows(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes,
   if (!bias.bias_deltas.empty()) job.bias_deltas = bias.bias_deltas.data();
   if (!plan.order.empty()) job.order = plan.order.data();
   job.num_panels = together;
-  const Scratch packed(!dots ? together * width * D : in_place && !reads_bf16(job) ? 0 : 2 * args.M * D);
+  const Scratch packed(!dots ? together * width * D : in_place && !reads(job, true) ? 0 : 2 * args.M * D);
   const ThreadScratch sums(rows_scratch(kernels, job));
   for (size_t first = 0; first < panels.size(); first += together) {
     job.panels = panels.data() + first;

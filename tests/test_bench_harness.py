@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench import records
 from bench.cases import Case
 from bench.correctness import Expected, Part, check, expect, sample
-from bench.measure import Plan, is_hopeless
+from bench.measure import Plan, calls_made, is_hopeless
 from bench.memory import measure_peak
 from bench.targets import READS_AT_BANDWIDTH, faster_than
 from bench.workload import Contender, make_rotation
@@ -66,6 +66,13 @@ def test_a_slow_peer_takes_part_in_its_share_of_rounds() -> None:
     for index in range(10):
         plan.run_others(index)
     assert {name: len(times) for name, times in plan.seconds.items()} == {"plain": 10, "slow": 3}
+
+
+def test_slow_peers_make_a_seconds_calls_one_after_the_other_along_the_rotation() -> None:
+    """Ours and the ceiling make all of theirs, however slow; so does a peer of up to a second."""
+    found = calls_made({"ours": 9.0, "plain": 9.0, "quick": 1.0, "slow": 10.0, "slower": 30.0, "slowest": 2000.0}, 100)
+    assert [found[name] for name in ("ours", "plain", "quick")] == [range(100)] * 3
+    assert [found[name] for name in ("slow", "slower", "slowest")] == [range(11), range(11, 15), range(15, 16)]
 
 
 def test_only_a_ceiling_that_is_slow_and_far_behind_is_hopeless() -> None:

@@ -125,6 +125,23 @@ def test_gradients_are_those_without_tiles():
         assert torch.equal(gradient, other)
 
 
+@pytest.mark.parametrize("deltas_dtype", [BF16, F32])
+def test_few_rows_take_no_tiles(deltas_dtype):
+    """Dot products read weights faster up to 4 rows: the bits of the instruction set below."""
+    a = problem(5, 1024, 512, 2, BF16, deltas_dtype, "different")
+    results = {}
+    for isa in ("amx_bf16", "avx512_bf16"):
+        extension.set_isa(isa)
+        try:
+            for M in (4, 5):
+                few = {**a, "x": a["x"][:M], "row_map": a["row_map"][:M]}
+                results[isa, M] = mixed_linear(**few, backend="cpp")
+        finally:
+            extension.set_isa("best")
+    assert torch.equal(results["amx_bf16", 4], results["avx512_bf16", 4])
+    assert not torch.equal(results["amx_bf16", 5], results["avx512_bf16", 5]), "no tiles ran: the test shows nothing"
+
+
 def test_batch_invariant_calls_keep_their_bits():
     """They do not take tiles: with them or without, a row alone or among others has the same bits."""
     a = problem(40, 96, 64, 2, BF16, BF16, "different")
