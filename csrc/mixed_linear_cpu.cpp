@@ -1,6 +1,7 @@
 // mixed_linear on the CPU: forward and gradient of x, each in the way that suits the rows.
 //
 //   bfloat16 rows, on tiles             one product for each stream, read once      mixed_linear_cpu_tiles.cpp
+//   many of each weighting, on tiles    the base and each mix, block by block       mixed_linear_cpu_tile_product.cpp
 //   few rows, or rows that all differ   every stream read once, one sum for each    mixed_linear_cpu_rows.cpp
 //   many rows of each weighting         panels of each mix into torch's product     mixed_linear_cpu_product.cpp
 //   fewer                               blocks of the mixes into an own product     mixed_linear_cpu_blocks.cpp
@@ -27,7 +28,7 @@ int64_t products_of(Dtype dtype) { return dtype == Dtype::bf16 ? 1 : 2; }
 // The product with the mix of each segment, or for all rows with each stream for itself.
 Product product_of(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes, const Array& a, bool transposed,
                    bool mixed) {
-  Product product{args, plan, a, transposed, false, {}, {}, 1, nullptr, {}};
+  Product product{args, plan, a, transposed, Way::torch, {}, {}, 1, nullptr, {}};
   if (mixed) {
     product.segments = plan.segments;
     for (size_t g = 0; g < plan.segments.size(); g++) product.terms.push_back({mixes.of_segment(g), -1});
@@ -111,6 +112,11 @@ void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, co
   const TileKernels* tiles = values.dtype == Dtype::bf16 && !batch_invariant ? tile_kernels_in_use() : nullptr;
   const int64_t num_products =
       any.count * products_of(args.weights.deltas_dtype) + any.base * products_of(args.weights.base_dtype);
+  if (tiles && tile_mixes_are_cheaper(M, segments, num_streams, tile_parts(args.weights), num_products)) {
+    Product product = product_of(args, plan, mixes, values, false, true);
+    product.way = Way::tiles;
+    return run_into(product, biases, y.mutable_data_ptr(), values.dtype);
+  }
   if (tiles && tiles_are_cheaper(M, segments, num_streams, num_products)) {
     return run_tiles(*tiles, args, mixes, values, biases, y.mutable_data_ptr());
   }
@@ -120,7 +126,7 @@ void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, co
     run_rows(args, plan, mixes, batch_invariant, values, biases, y.mutable_data_ptr(), values.dtype);
   } else {
     Product product = product_of(args, plan, mixes, values, false, true);
-    product.own = segments_are_short(M, segments);
+    if (segments_are_short(M, segments)) product.way = Way::blocks;
     run_into(product, biases, y.mutable_data_ptr(), values.dtype);
   }
 }
@@ -136,10 +142,14 @@ Tensor mixed_linear_cpu_backward_x(const Tensor& dy, const std::optional<Tensor>
   Plan plan = plan_rows(args.row_map, M, args.S);
   const Mixes mixes(plan, args.c, args.weights.K, args.weights.base != nullptr);
   const int64_t segments = static_cast<int64_t>(plan.segments.size());
-  const bool mixed = batch_invariant || !streams_are_cheaper(M, segments, mixes.any().count + mixes.any().base, false);
+  const int64_t num_streams = mixes.any().count + mixes.any().base;
+  const bool tiles = values.dtype == Dtype::bf16 && !batch_invariant && tile_products_in_use() &&
+                     tile_mixes_are_cheaper(M, segments, num_streams, tile_parts(args.weights), 0);
+  const bool mixed = batch_invariant || tiles || !streams_are_cheaper(M, segments, num_streams, false);
   if (!mixed) plan.order.clear();
   Product product = product_of(args, plan, mixes, values, true, mixed);
-  product.own = batch_invariant || M < kTorchRows || (mixed && segments_are_short(M, segments));
+  if (batch_invariant || M < kTorchRows || (mixed && segments_are_short(M, segments))) product.way = Way::blocks;
+  if (tiles) product.way = Way::tiles;
   run_into(product, Bias(), dx.mutable_data_ptr(), values.dtype);
   return dx;
 }

@@ -1,9 +1,7 @@
 // Products with bfloat16 rows by Intel AMX's tiles (AMX-TILE, AMX-BF16, with AVX-512); run only where the processor has
 // them and the operating system has granted them.
 //
-// A tile is 16 rows of 64 bytes. One instruction multiplies a tile of weights (16 outputs by 32 inputs, as rows of
-// weights lie in memory) and a tile of x (16 pairs of inputs by 16 rows of x) and adds to a tile of float32 sums, 16
-// outputs by 16 rows of x. Products are exact, denormals count as zero.
+// Weights are rows of tiles, as they lie in memory, and x their columns, packed.
 #include "cpu_amx.h"
 
 #ifdef CLP_AMX
@@ -29,33 +27,9 @@ constexpr int kWidth = CLP_WIDTH;
 
 #include "mixed_linear_cpu_vector.h"
 
-constexpr int64_t kTile = 16;                    // rows of a tile
-constexpr int64_t kTerms = 32;                   // inputs of a tile
-constexpr int64_t kTileSize = kTile * kTerms;    // bfloat16s of a tile
+#include "mixed_linear_cpu_amx_tiles.h"
+
 constexpr int64_t kOutputs = 2 * kTile;          // of a block
-
-// The compiler's own functions for tiles do not tell it that they read memory, and take numbers of tiles only as text.
-#define CLP_TILE_LOAD(tile, from, step) \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((int64_t)(step)) : "memory")
-#define CLP_TILE_STORE(tile, to, step) \
-  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((int64_t)(step)) : "memory")
-#define CLP_TILE_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile : : :)
-#define CLP_TILE_MULTIPLY(sum, weights, x) \
-  __asm__ volatile("tdpbf16ps %%tmm" #x ", %%tmm" #weights ", %%tmm" #sum : : :)
-
-// All eight tiles: 16 rows of 64 bytes.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-static void configure() {
-  const TileConfig config;
-  __asm__ volatile("ldtilecfg %0" : : "m"(config));
-}
-
-static void release() { __asm__ volatile("tilerelease" : : :); }
 
 #include "mixed_linear_cpu_amx_panels.h"
 

@@ -1,6 +1,7 @@
 // Gradients of mixed_linear's deltas and coefficients on the CPU.
 //
-// Long segments: one product G_s = dy_s^T x_s for each tile of the weight and each segment, by torch, then d_delta[:,
+// Long segments: one product G_s = dy_s^T x_s for each tile of the weight and each segment, by torch or, of bfloat16 on
+// a processor that multiplies tiles, by these, then d_delta[:,
 // k] += c[s, k] G_s and d_c[s, k] += <delta[:, k], G_s> while the tile is in a cache: the multiply-adds of one weight
 // gradient, whatever K. Short segments: d_delta[:, k] = (c_k dy)^T x of all rows, d_c from the streams' products.
 #include <torch/headeronly/util/Exception.h>
@@ -8,6 +9,7 @@
 #include <algorithm>
 
 #include "mixed_linear_cpu_ops.h"
+#include "mixed_linear_cpu_tile_product.h"
 
 namespace clp {
 
@@ -18,6 +20,9 @@ constexpr int64_t kStagedRows = 256;
 constexpr int64_t kInputs = 512, kOutputs = 512, kSumFloats = 5 << 17;
 // Rows of a tile whose part of d_c is summed by itself: the order of that sum does not depend on the threads.
 constexpr int64_t kPartRows = 16;
+// Products by tiles: rows of one product, inputs of a tile, and rows up to which all of dy's are packed once for a block
+// of outputs, not again for each tile; with the tile 3.75 MiB.
+constexpr int64_t kTileRows = 768, kTileInputs = 512, kPackedRows = 2048;
 
 // Where the deltas' gradient [N, K, D] goes: float32, which is added to where `add`; or, rounded, another dtype; or
 // nowhere.
@@ -75,6 +80,93 @@ void Multiplier::run_own(const Matrix& out, const Matrix& a, const Matrix& b, bo
            [&](int64_t begin, int64_t end) { kernels.product(job, begin, end, sums_.get()); });
 }
 
+// out = dy^T x of one segment, by tiles of bfloat16.
+class TileMultiplier {
+ public:
+  // Of tiles of up to `outputs` by kTileInputs; without kernels nothing is kept for it.
+  TileMultiplier(const TileProductKernels* kernels, const Plan& plan, const Array& dy, const Array& x, const Weights& w,
+                 int64_t outputs);
+  explicit operator bool() const { return kernels_ != nullptr; }
+  // Before the products of outputs [n0, n1).
+  void start_outputs(int64_t n0, int64_t n1);
+  // Segment g, inputs [d0, d1); out in whole tiles.
+  void run(size_t g, int64_t d0, int64_t d1, float* out, int64_t step) const;
+
+ private:
+  int64_t term_tiles(int64_t rows) const { return ceil_div(rows, kernels_->terms); }
+  Bf16* left_tiles(int64_t term_tile) const {
+    return reinterpret_cast<Bf16*>(left_.get()) + term_tile * kernels_->tile * kernels_->terms;
+  }
+  const int32_t* order() const { return plan_.order.empty() ? nullptr : plan_.order.data(); }
+  // dy's places [m0, m1) as tiles of outputs, from `out` on, `step` from one to the next.
+  void pack_dy(int64_t m0, int64_t m1, Bf16* out, int64_t step) const;
+
+  const TileProductKernels* const kernels_;
+  const Plan& plan_;
+  const Bf16 *const dy_, *const x_;
+  const int64_t N_, D_;
+  std::vector<int64_t> first_tiles_;  // of terms of each segment, where all rows are packed at once; else empty
+  int64_t tiles_;                     // of terms that a tile of packed outputs has
+  Scratch left_, right_;
+  int64_t n0_ = 0, n1_ = 0;
+};
+
+TileMultiplier::TileMultiplier(const TileProductKernels* kernels, const Plan& plan, const Array& dy, const Array& x,
+                               const Weights& w, int64_t outputs)
+    : kernels_(kernels),
+      plan_(plan),
+      dy_(static_cast<const Bf16*>(dy.data)),
+      x_(static_cast<const Bf16*>(x.data)),
+      N_(w.N),
+      D_(w.D),
+      tiles_(0) {
+  if (!kernels) return;
+  for (const Segment& segment : plan.segments) {
+    first_tiles_.push_back(tiles_);
+    tiles_ += term_tiles(segment.end - segment.begin);
+  }
+  if (tiles_ > term_tiles(kPackedRows)) {
+    first_tiles_.clear();
+    tiles_ = term_tiles(kTileRows);
+  }
+  left_ = Scratch(outputs * tiles_ * kernels->terms / 2);
+  right_ = Scratch(kTileInputs * kTileRows / 2);
+}
+
+void TileMultiplier::pack_dy(int64_t m0, int64_t m1, Bf16* out, int64_t step) const {
+  const Bf16* first = dy_ + (order() ? 0 : m0 * N_) + n0_;
+  const LeftTiles job{first, N_, order() ? order() + m0 : nullptr, true, n1_ - n0_, m1 - m0, out, step};
+  parallel(ceil_div(n1_ - n0_, kernels_->tile), kernels_->tile * (m1 - m0),
+           [&](int64_t begin, int64_t end) { kernels_->pack_left(job, begin, end); });
+}
+
+void TileMultiplier::start_outputs(int64_t n0, int64_t n1) {
+  n0_ = n0;
+  n1_ = n1;
+  for (size_t g = 0; g < first_tiles_.size(); g++) {
+    const Segment& segment = plan_.segments[g];
+    pack_dy(segment.begin, segment.end, left_tiles(first_tiles_[g]), tiles_ * kernels_->tile * kernels_->terms);
+  }
+}
+
+void TileMultiplier::run(size_t g, int64_t d0, int64_t d1, float* out, int64_t step) const {
+  const Segment& segment = plan_.segments[g];
+  const int64_t left_step = tiles_ * kernels_->tile * kernels_->terms, column_tiles = ceil_div(d1 - d0, kernels_->tile);
+  Bf16* const right = reinterpret_cast<Bf16*>(right_.get());
+  for (int64_t m0 = segment.begin; m0 < segment.end; m0 += kTileRows) {
+    const int64_t m1 = std::min(segment.end, m0 + kTileRows);
+    const Weights rows{x_, nullptr, Dtype::bf16, Dtype::bf16, m1, 0, D_};
+    const RightTiles x{rows, {true, 0, nullptr, nullptr}, true, order(), d0, d1, m0, m1, 1, right, 0};
+    parallel(column_tiles, kernels_->tile * (m1 - m0),
+             [&](int64_t begin, int64_t end) { kernels_->pack_right(x, begin, end); });
+    if (first_tiles_.empty()) pack_dy(m0, m1, left_tiles(0), left_step);
+    const Bf16* left = left_tiles(first_tiles_.empty() ? 0 : first_tiles_[g] + term_tiles(m0 - segment.begin));
+    const TileProduct job{left, left_step, {right}, 1, column_tiles, term_tiles(m1 - m0), m0 > segment.begin, out, step};
+    parallel(ceil_div(n1_ - n0_, kernels_->tile), kernels_->tile * (m1 - m0) * (d1 - d0),
+             [&](int64_t begin, int64_t end) { kernels_->product(job, begin, end); });
+  }
+}
+
 class WeightGradient {
  public:
   // by_copy: one product of all rows for each copy, instead of one for each segment.
@@ -92,19 +184,24 @@ class WeightGradient {
         dy_in_place_(dy.is_float() && plan.order.empty() && !by_copy),
         x_in_place_(x.is_float() && plan.order.empty()),
         in_blocks_(own || !dy_in_place_ || !x_in_place_),
-        outputs_(rounded_ ? std::clamp<int64_t>(kSumFloats / (kInputs * (w_.K + 1)), 16, kOutputs) : kOutputs),
+        sums_segments_(rounded_ && !by_copy && plan.segments.size() > 1),
+        outputs_(outputs_of_tile()),
+        tiles_(is_bfloat16() && !own && !by_copy ? tile_products_in_use() : nullptr, plan, dy, x, w_, outputs_),
+        inputs_(tiles_ ? kTileInputs : kInputs),
         multiplier_(own, kStagedRows, kInputs),
-        tile_(outputs_ * kInputs),
-        sums_(rounded_ ? outputs_ * kInputs * w_.K : 0),
-        staged_dy_(dy_in_place_ ? 0 : kStagedRows * outputs_),
-        staged_x_(x_in_place_ ? 0 : kStagedRows * kInputs) {}
+        tile_(outputs_ * inputs_),
+        sums_(sums_segments_ ? outputs_ * inputs_ * w_.K : 0),
+        part_(rounded_ && !sums_segments_ ? kPartRows * inputs_ * w_.K : 0),
+        staged_dy_(dy_in_place_ || tiles_ ? 0 : kStagedRows * outputs_),
+        staged_x_(x_in_place_ || tiles_ ? 0 : kStagedRows * kInputs) {}
 
   // d_c [S, K] is added to, or null.
   void run(double* d_c) {
     for (n0_ = 0; n0_ < w_.N; n0_ += outputs_) {
       n1_ = std::min(w_.N, n0_ + outputs_);
-      for (d0_ = 0; d0_ < w_.D; d0_ += kInputs) {
-        d1_ = std::min(w_.D, d0_ + kInputs);
+      if (tiles_) tiles_.start_outputs(n0_, n1_);
+      for (d0_ = 0; d0_ < w_.D; d0_ += inputs_) {
+        d1_ = std::min(w_.D, d0_ + inputs_);
         by_copy_ ? copies() : segments(d_c);
       }
     }
@@ -112,14 +209,26 @@ class WeightGradient {
 
  private:
   int64_t width() const { return d1_ - d0_; }
+  int64_t step() const { return tiles_ ? inputs_ : width(); }
+  bool is_bfloat16() const { return dy_.dtype == Dtype::bf16 && x_.dtype == Dtype::bf16; }
+
+  // Whole tiles, where bfloat16 ones are multiplied.
+  int64_t outputs_of_tile() const {
+    if (!sums_segments_) return kOutputs;
+    return std::clamp<int64_t>(kSumFloats / (kInputs * (w_.K + 1)) / 32 * 32, 32, kOutputs);
+  }
 
   void segments(double* d_c) {
     for (size_t g = 0; g < plan_.segments.size(); g++) {
       const Segment& segment = plan_.segments[g];
-      product(segment.begin, segment.end, -1, false, tile_.get(), width());
+      if (tiles_) {
+        tiles_.run(g, d0_, d1_, tile_.get(), step());
+      } else {
+        product(segment.begin, segment.end, -1, false, tile_.get(), step());
+      }
       spread(segment, g == 0, d_c ? d_c + segment.weighting * w_.K : nullptr);
     }
-    if (!rounded_) return;
+    if (!sums_segments_) return;
     for (int64_t k = 0; k < w_.K; k++) round(sums_.get() + k * width(), w_.K * width(), k);
   }
 
@@ -165,32 +274,41 @@ class WeightGradient {
   void spread(const Segment& segment, bool is_first, double* d_c) {
     const int64_t K = w_.K, parts = ceil_div(n1_ - n0_, kPartRows);
     std::vector<double> dots(d_c ? parts * K : 0, 0.0);
-    const Kernels& kernels = kernels_in_use();
     parallel(parts, kPartRows * width() * K, [&](int64_t begin, int64_t end) {
       for (int64_t part = begin; part < end; part++) {
-        const int64_t row = part * kPartRows, rows = std::min(kPartRows, n1_ - n0_ - row);
-        GradTile tile{tile_.get() + row * width(), width(), rows, width(), K, args_.c + segment.weighting * K};
-        if (out_) {
-          tile.out = out_ + (n0_ + row) * K * w_.D + d0_;
-          tile.out_row = K * w_.D;
-          tile.out_copy = w_.D;
-          tile.add = add_ || !is_first;
-        } else if (rounded_) {
-          tile.out = sums_.get() + row * K * width();
-          tile.out_row = K * width();
-          tile.out_copy = width();
-          tile.add = !is_first;
-        }
-        tile.deltas = w_.deltas;
-        tile.deltas_dtype = w_.deltas_dtype;
-        tile.first_delta = (n0_ + row) * K * w_.D + d0_;
-        tile.delta_row = K * w_.D;
-        tile.delta_copy = w_.D;
-        tile.dots = d_c ? dots.data() + part * K : nullptr;
-        kernels.grad(tile);
+        spread_part(segment, part * kPartRows, is_first, d_c ? dots.data() + part * K : nullptr);
       }
     });
     for (size_t i = 0; i < dots.size(); i++) d_c[i % K] += dots[i];
+  }
+
+  // Rows from `row` on of the tile.
+  void spread_part(const Segment& segment, int64_t row, bool is_first, double* dots) {
+    const int64_t K = w_.K, rows = std::min(kPartRows, n1_ - n0_ - row);
+    const Kernels& kernels = kernels_in_use();
+    GradTile tile{tile_.get() + row * step(), step(), rows, width(), K, args_.c + segment.weighting * K};
+    if (out_) {
+      tile.out = out_ + (n0_ + row) * K * w_.D + d0_;
+      tile.out_row = K * w_.D;
+      tile.out_copy = w_.D;
+      tile.add = add_ || !is_first;
+    } else if (rounded_) {
+      tile.out = sums_segments_ ? sums_.get() + row * K * width() : part_.get();
+      tile.out_row = K * width();
+      tile.out_copy = width();
+      tile.add = !is_first;
+    }
+    tile.deltas = w_.deltas;
+    tile.deltas_dtype = w_.deltas_dtype;
+    tile.first_delta = (n0_ + row) * K * w_.D + d0_;
+    tile.delta_row = K * w_.D;
+    tile.delta_copy = w_.D;
+    tile.dots = dots;
+    kernels.grad(tile);
+    for (int64_t i = 0; rounded_ && !sums_segments_ && i < rows * K; i++) {
+      const int64_t at = ((n0_ + row) * K + i) * w_.D + d0_;
+      kernels.narrow(tile.out + i * width(), width(), rounded_, w_.deltas_dtype, at);
+    }
   }
 
   void round(const float* sums, int64_t step, int64_t k) {
@@ -211,9 +329,14 @@ class WeightGradient {
   const bool add_;
   void* const rounded_;
   const bool by_copy_, dy_in_place_, x_in_place_, in_blocks_;
+  const bool sums_segments_; // in float32, before they are rounded
   const int64_t outputs_;
+  TileMultiplier tiles_;
+  const int64_t inputs_;
   const Multiplier multiplier_;
-  const Scratch tile_, sums_, staged_dy_, staged_x_;
+  const Scratch tile_, sums_;
+  const ThreadScratch part_;
+  const Scratch staged_dy_, staged_x_;
   int64_t n0_ = 0, n1_ = 0, d0_ = 0, d1_ = 0;
 };
 
@@ -228,7 +351,8 @@ void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Arr
   const int64_t rows = std::clamp<int64_t>(kSums / std::max<int64_t>(tiles, 1), 1, std::min(kMostRows, args.M));
   std::vector<double> sums(rows * tiles);
   for (int32_t k = 0; k < K; k++) {
-    Product product{args, as_they_are, x, false, own, {{}}, {{{false, 1, &k, &one}, -1}}, 1, nullptr, {}};
+    const Way way = own ? Way::blocks : Way::torch;
+    Product product{args, as_they_are, x, false, way, {{}}, {{{false, 1, &k, &one}, -1}}, 1, nullptr, {}};
     for (int64_t m0 = 0; m0 < args.M; m0 += rows) {
       product.segments[0] = {m0, std::min(args.M, m0 + rows), 0};
       std::fill(sums.begin(), sums.end(), 0.0);

@@ -153,6 +153,9 @@ struct Tile {
   int64_t step;
 };
 
+// torch's product, own blocks, or tiles (bfloat16 rows, mixed).
+enum class Way { torch, blocks, tiles };
+
 // out[m, j] = sum over terms of <a_m, column j of the term>; a term is [N, D], transposed for the gradient of x. Each
 // segment of rows has terms of its own: segment g the terms from g * terms_each.
 struct Product {
@@ -160,7 +163,7 @@ struct Product {
   const Plan& plan;
   Array a;                   // [M, length]
   bool transposed;
-  bool own;                  // in own blocks, not by torch
+  Way way;
   std::vector<Segment> segments;
   std::vector<Term> terms;
   int64_t terms_each;
@@ -173,6 +176,16 @@ struct Product {
 
 void run_product(const Product& product);
 void run_blocks(const Product& product);
+
+struct TileProductKernels;
+
+// Kernels that multiply tiles of bfloat16, as tile_kernels_in_use.
+const TileProductKernels* tile_products_in_use();
+
+// bfloat16s that a weight takes: the base's, and those of the mix of copies beside it. Alone, the mix takes two.
+int64_t tile_parts(const Weights& weights);
+
+void run_tile_product(const TileProductKernels& kernels, const Product& product);
 
 // Writes y, whose N columns follow x's rows. x, c and row_map are contiguous, and of any rank.
 void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,

@@ -1,5 +1,6 @@
 #include "mixed_linear_cpu_plan.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -16,6 +17,12 @@ constexpr int64_t kSpreadRows = 8;
 // By AMX on one Xeon core, 0.10 to 0.15: 1.1 ms for 2048 rows through 576 x 576, the mix and torch's float32 product 9
 // to 10.
 constexpr double kTileRow = 0.125;
+
+// Tiles of mixes, by the same measure: a row through one of the mix's parts, and the base and a segment's copies made
+// into tiles. bfloat16, 2048 x 2048, two Xeon threads, ms: 512 rows, K = 2 5.0 (7.7 by streams), K = 4 5.8 (11.8); 8
+// segments of 128, K = 2 13.3 (13.9).
+constexpr double kTileMixRow = 0.08, kTileBase = 13.0, kTileCopy = 10.0;
+constexpr int64_t kTilePadding = 8;  // rows, on average, that a segment's last tile lacks
 
 // Rows up to which dot products read the streams at least as fast as tiles do: as they lie in memory, not 32 rows of
 // weights at once (bfloat16, 2048 x 2048, two Xeon threads, GB/s: K = 2 21.8 and 17.0 for 1 row, 20.2 and 18.3 for 4, 14.7 and
@@ -95,6 +102,17 @@ bool tiles_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, int
   if (M <= kUntiledRows) return false;
   const double mixed = num_segments * (num_streams * kMixStream + kPackPanel) + M;
   return num_products * M * kTileRow <= mixed;
+}
+
+bool tile_mixes_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, int64_t num_parts,
+                            int64_t num_products) {
+  if (M <= kUntiledRows) return false;
+  const double streams = static_cast<double>(num_streams);
+  const double rows = static_cast<double>(M + kTilePadding * num_segments) * num_parts * kTileMixRow;
+  const double tiles = rows + kTileBase + num_segments * streams * kTileCopy;
+  const double mixed = num_segments * (streams * kMixStream + kPackPanel) + M;
+  const double by_stream = num_products > 0 ? num_products * M * kTileRow : streams * (M + kPackPanel);
+  return tiles < std::min(mixed, by_stream);
 }
 
 bool segments_are_short(int64_t M, int64_t num_segments) { return M < kShortRows * num_segments; }

@@ -42,6 +42,11 @@ bool streams_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, b
 // another dtype takes two.
 bool tiles_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, int64_t num_products);
 
+// Whether tiles of each segment's mix, of `num_parts` bfloat16s for each weight, are cheaper than that, or, where
+// num_products is 0 because no kernel does that, than everything else.
+bool tile_mixes_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, int64_t num_parts,
+                            int64_t num_products);
+
 // Whether so few rows share a weighting that own blocks take less time than torch's product, which packs the mix of
 // each segment anew.
 bool segments_are_short(int64_t M, int64_t num_segments);

@@ -125,10 +125,13 @@ class Run {
 }  // namespace
 
 void run_product(const Product& product) {
-  if (product.own) {
-    run_blocks(product);
-  } else {
-    Run(product).run();
+  switch (product.way) {
+    case Way::torch:
+      return Run(product).run();
+    case Way::blocks:
+      return run_blocks(product);
+    case Way::tiles:
+      return run_tile_product(*tile_products_in_use(), product);
   }
 }
 

@@ -107,7 +107,7 @@ def test_bits_do_not_depend_on_threads_or_on_strides(deltas_dtype):
 
 
 def test_gradients_are_those_without_tiles():
-    """The backward has no tiles: the same bits from the same arguments."""
+    """Where all weightings differ the backward has no tiles: the same bits from the same arguments."""
     a = problem(32, 64, 48, 2, BF16, F32, "different")
     dy = torch.randn(32, 48, generator=torch.Generator().manual_seed(4)).to(BF16)
     results = []
