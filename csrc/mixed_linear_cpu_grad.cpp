@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #include "mixed_linear_cpu_ops.h"
-#include "mixed_linear_cpu_tile_product.h"
+#include "mixed_linear_cpu_tile_gradient.h"
 
 namespace clp {
 
@@ -20,9 +20,6 @@ constexpr int64_t kStagedRows = 256;
 constexpr int64_t kInputs = 512, kOutputs = 512, kSumFloats = 5 << 17;
 // Rows of a tile whose part of d_c is summed by itself: the order of that sum does not depend on the threads.
 constexpr int64_t kPartRows = 16;
-// Products by tiles: rows of one product, inputs of a tile, and rows up to which all of dy's are packed once for a block
-// of outputs, not again for each tile; with the tile 3.75 MiB.
-constexpr int64_t kTileRows = 768, kTileInputs = 512, kPackedRows = 2048;
 
 // Where the deltas' gradient [N, K, D] goes: float32, which is added to where `add`; or, rounded, another dtype; or
 // nowhere.
@@ -80,93 +77,6 @@ void Multiplier::run_own(const Matrix& out, const Matrix& a, const Matrix& b, bo
            [&](int64_t begin, int64_t end) { kernels.product(job, begin, end, sums_.get()); });
 }
 
-// out = dy^T x of one segment, by tiles of bfloat16.
-class TileMultiplier {
- public:
-  // Of tiles of up to `outputs` by kTileInputs; without kernels nothing is kept for it.
-  TileMultiplier(const TileProductKernels* kernels, const Plan& plan, const Array& dy, const Array& x, const Weights& w,
-                 int64_t outputs);
-  explicit operator bool() const { return kernels_ != nullptr; }
-  // Before the products of outputs [n0, n1).
-  void start_outputs(int64_t n0, int64_t n1);
-  // Segment g, inputs [d0, d1); out in whole tiles.
-  void run(size_t g, int64_t d0, int64_t d1, float* out, int64_t step) const;
-
- private:
-  int64_t term_tiles(int64_t rows) const { return ceil_div(rows, kernels_->terms); }
-  Bf16* left_tiles(int64_t term_tile) const {
-    return reinterpret_cast<Bf16*>(left_.get()) + term_tile * kernels_->tile * kernels_->terms;
-  }
-  const int32_t* order() const { return plan_.order.empty() ? nullptr : plan_.order.data(); }
-  // dy's places [m0, m1) as tiles of outputs, from `out` on, `step` from one to the next.
-  void pack_dy(int64_t m0, int64_t m1, Bf16* out, int64_t step) const;
-
-  const TileProductKernels* const kernels_;
-  const Plan& plan_;
-  const Bf16 *const dy_, *const x_;
-  const int64_t N_, D_;
-  std::vector<int64_t> first_tiles_;  // of terms of each segment, where all rows are packed at once; else empty
-  int64_t tiles_;                     // of terms that a tile of packed outputs has
-  Scratch left_, right_;
-  int64_t n0_ = 0, n1_ = 0;
-};
-
-TileMultiplier::TileMultiplier(const TileProductKernels* kernels, const Plan& plan, const Array& dy, const Array& x,
-                               const Weights& w, int64_t outputs)
-    : kernels_(kernels),
-      plan_(plan),
-      dy_(static_cast<const Bf16*>(dy.data)),
-      x_(static_cast<const Bf16*>(x.data)),
-      N_(w.N),
-      D_(w.D),
-      tiles_(0) {
-  if (!kernels) return;
-  for (const Segment& segment : plan.segments) {
-    first_tiles_.push_back(tiles_);
-    tiles_ += term_tiles(segment.end - segment.begin);
-  }
-  if (tiles_ > term_tiles(kPackedRows)) {
-    first_tiles_.clear();
-    tiles_ = term_tiles(kTileRows);
-  }
-  left_ = Scratch(outputs * tiles_ * kernels->terms / 2);
-  right_ = Scratch(kTileInputs * kTileRows / 2);
-}
-
-void TileMultiplier::pack_dy(int64_t m0, int64_t m1, Bf16* out, int64_t step) const {
-  const Bf16* first = dy_ + (order() ? 0 : m0 * N_) + n0_;
-  const LeftTiles job{first, N_, order() ? order() + m0 : nullptr, true, n1_ - n0_, m1 - m0, out, step};
-  parallel(ceil_div(n1_ - n0_, kernels_->tile), kernels_->tile * (m1 - m0),
-           [&](int64_t begin, int64_t end) { kernels_->pack_left(job, begin, end); });
-}
-
-void TileMultiplier::start_outputs(int64_t n0, int64_t n1) {
-  n0_ = n0;
-  n1_ = n1;
-  for (size_t g = 0; g < first_tiles_.size(); g++) {
-    const Segment& segment = plan_.segments[g];
-    pack_dy(segment.begin, segment.end, left_tiles(first_tiles_[g]), tiles_ * kernels_->tile * kernels_->terms);
-  }
-}
-
-void TileMultiplier::run(size_t g, int64_t d0, int64_t d1, float* out, int64_t step) const {
-  const Segment& segment = plan_.segments[g];
-  const int64_t left_step = tiles_ * kernels_->tile * kernels_->terms, column_tiles = ceil_div(d1 - d0, kernels_->tile);
-  Bf16* const right = reinterpret_cast<Bf16*>(right_.get());
-  for (int64_t m0 = segment.begin; m0 < segment.end; m0 += kTileRows) {
-    const int64_t m1 = std::min(segment.end, m0 + kTileRows);
-    const Weights rows{x_, nullptr, Dtype::bf16, Dtype::bf16, m1, 0, D_};
-    const RightTiles x{rows, {true, 0, nullptr, nullptr}, true, order(), d0, d1, m0, m1, 1, right, 0};
-    parallel(column_tiles, kernels_->tile * (m1 - m0),
-             [&](int64_t begin, int64_t end) { kernels_->pack_right(x, begin, end); });
-    if (first_tiles_.empty()) pack_dy(m0, m1, left_tiles(0), left_step);
-    const Bf16* left = left_tiles(first_tiles_.empty() ? 0 : first_tiles_[g] + term_tiles(m0 - segment.begin));
-    const TileProduct job{left, left_step, {right}, 1, column_tiles, term_tiles(m1 - m0), m0 > segment.begin, out, step};
-    parallel(ceil_div(n1_ - n0_, kernels_->tile), kernels_->tile * (m1 - m0) * (d1 - d0),
-             [&](int64_t begin, int64_t end) { kernels_->product(job, begin, end); });
-  }
-}
-
 class WeightGradient {
  public:
   // by_copy: one product of all rows for each copy, instead of one for each segment.
@@ -187,7 +97,7 @@ class WeightGradient {
         sums_segments_(rounded_ && !by_copy && plan.segments.size() > 1),
         outputs_(outputs_of_tile()),
         tiles_(is_bfloat16() && !own && !by_copy ? tile_products_in_use() : nullptr, plan, dy, x, w_, outputs_),
-        inputs_(tiles_ ? kTileInputs : kInputs),
+        inputs_(tiles_ ? TileMultiplier::kInputs : kInputs),
         multiplier_(own, kStagedRows, kInputs),
         tile_(outputs_ * inputs_),
         sums_(sums_segments_ ? outputs_ * inputs_ * w_.K : 0),

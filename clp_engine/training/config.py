@@ -41,6 +41,12 @@ class CLPTrainingConfig(TrainingArguments):
         default=1.0,
         metadata={"help": "Temperature of the trained policy, softmax(logits / temperature): samples, log-probs, KL."},
     )
+    adam_power: float = field(
+        default=0.5,
+        metadata={
+            "help": "Power of Adam's second moment (Padam): 0.5 is AdamW, 0.25 moves entries whose gradient is noise less."
+        },
+    )
     kl_weight: float = field(
         default=0.01, metadata={"help": "alpha of the objective (1 - alpha) w.R - alpha KL, in [0, 1)."}
     )
@@ -70,6 +76,11 @@ class CLPTrainingConfig(TrainingArguments):
             raise ValueError(f"max_completion_length is {self.max_completion_length}, it must be at least 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, it must be positive")
+        if not 0 <= self.adam_power <= 0.5:
+            raise ValueError(f"adam_power is {self.adam_power}, it must lie in [0, 0.5]: 0.5 is AdamW")
+        optim = str(getattr(self.optim, "value", self.optim))
+        if self.adam_power != 0.5 and not optim.startswith("adamw_torch"):
+            raise ValueError(f"adam_power is {self.adam_power}, but optim {optim} is not AdamW: leave one of them out")
         if not 0 <= self.kl_weight < 1:
             raise ValueError(f"kl_weight is {self.kl_weight}, it must lie in [0, 1)")
         if self.weighting_sampler not in SAMPLERS:

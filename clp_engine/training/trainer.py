@@ -27,6 +27,7 @@ from clp_engine.training.objective import (
     reinforce_loss,
     scalarise,
 )
+from clp_engine.training.optimizer import Padam
 from clp_engine.training.resumption import ResumedState
 from clp_engine.training.reward_statistics import RewardStatistics, measure_reference, score_rollout
 from clp_engine.training.weighting_sampler import WeightingSampler
@@ -91,6 +92,10 @@ class CLPTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)  # type: ignore[attr-defined]
         self.reward_statistics = reward_statistics
+        if args.adam_power != 0.5 and not {"optimizers", "optimizer_cls_and_kwargs"} & kwargs.keys():
+            betas = (args.adam_beta1, args.adam_beta2)
+            padam = {"lr": args.learning_rate, "betas": betas, "power": args.adam_power}
+            kwargs["optimizer_cls_and_kwargs"] = (Padam, padam)
         self._metrics: dict[str, list[float]] = defaultdict(list)
         super().__init__(
             model=model,  # type: ignore[arg-type]
