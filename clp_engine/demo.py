@@ -47,7 +47,7 @@ class DemoSettings:
         max_completion_length: tokens of a completion at most.
         learning_rate: at its highest; it falls linearly to 0, so that the last steps settle.
         adam_power: of the optimizer's second moment. AdamW (0.5) moves every difference alike, and most gradients of so
-            few samples are noise: at 0.25 the ends part as far at half the perplexity under the base.
+            few samples are noise.
         warmup_steps: steps in which it rises from 0. The first step is as long whatever its gradient's noise; here the
             first gradients are gathered before anything moves.
         kl_weight: alpha of the objective.

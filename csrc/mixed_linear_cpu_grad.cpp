@@ -1,9 +1,9 @@
 // Gradients of mixed_linear's deltas and coefficients on the CPU.
 //
-// Long segments: one product G_s = dy_s^T x_s for each tile of the weight and each segment, by torch or, of bfloat16 on
-// a processor that multiplies tiles, by these, then d_delta[:,
-// k] += c[s, k] G_s and d_c[s, k] += <delta[:, k], G_s> while the tile is in a cache: the multiply-adds of one weight
-// gradient, whatever K. Short segments: d_delta[:, k] = (c_k dy)^T x of all rows, d_c from the streams' products.
+// Long segments: one product G_s = dy_s^T x_s for each tile of the weight and each segment, then d_delta[:, k] += c[s, k]
+// G_s and d_c[s, k] += <delta[:, k], G_s> while the tile is in a cache: the multiply-adds of one weight gradient,
+// whatever K. By torch, or, bfloat16 rows on a processor that multiplies tiles, by mixed_linear_cpu_tile_gradient.cpp.
+// Short segments: d_delta[:, k] = (c_k dy)^T x of all rows, d_c from the streams' products.
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>

@@ -43,9 +43,7 @@ class CLPTrainingConfig(TrainingArguments):
     )
     adam_power: float = field(
         default=0.5,
-        metadata={
-            "help": "Power of Adam's second moment (Padam): 0.5 is AdamW, 0.25 moves entries whose gradient is noise less."
-        },
+        metadata={"help": "Power of Adam's second moment (Padam): 0.5 is AdamW; with less, noisy entries move less."},
     )
     kl_weight: float = field(
         default=0.01, metadata={"help": "alpha of the objective (1 - alpha) w.R - alpha KL, in [0, 1)."}

@@ -19,10 +19,9 @@ class Padam(torch.optim.Optimizer):
         p -= lr * (m / (v**power * v_k**(1/2 - power)) + weight_decay * p)
 
     Power 1/2 is AdamW (with eps inside the root). Power 0 is momentum whose step has the size of AdamW's, copy by copy:
-    each entry moves by its share of the gradient, so that the many whose gradient is noise alone move little. AdamW moves
-    all of them alike, and a policy gradient of a few dozen samples then drifts from the reference: in twelve steps on
-    SmolLM2-135M, at equal spread of the rewards, it went to about twice the KL of power 1/4. `lr` wants to be about half
-    of AdamW's at power 1/4.
+    each entry moves by its share of the gradient, so that the many whose gradient is noise alone move little. AdamW
+    moves all of them alike, and a policy gradient of a few dozen samples then drifts from the reference. At power 1/4
+    `lr` wants to be about half of AdamW's.
 
     The original has v**power alone and so a learning rate in other units; it keeps the largest v seen, which this does
     not.
