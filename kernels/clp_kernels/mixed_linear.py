@@ -47,7 +47,8 @@ def mixed_linear(
             "auto".
         batch_invariant: True gives a row's y and gradient the same bits whatever else is in the batch, and all results
             the same bits for any number of threads; at some cost. The reference back-end refuses it.
-        exact_delta: True keeps base and deltas apart: a delta of any size keeps its effect beside a 16-bit base.
+        exact_delta: True keeps base and deltas apart: a delta of any size keeps its effect beside a 16-bit base. Where
+            many bfloat16 rows share a weighting, a GPU and a processor with AMX round the mix of deltas by itself.
             False lets a GPU round their sum as one 16-bit weight where many rows share a weighting, as a premixed
             checkpoint does, for half the products: half the effect of deltas a thousandth of the base's size is lost.
 
