@@ -180,7 +180,7 @@ def test_brevity_gives_a_long_copy_nothing():
     "hack", ["", "hyperbolicFunction()", "Hyperbolic Function", "file.read().decode().key", "....."]
 )
 def test_brevity_gives_hacks_next_to_nothing(hack):
-    assert Brevity().score(hack) < 0.25 < 0.9 < Brevity().score("Returns the public key of the given file.")
+    assert Brevity().score(hack) < 0.25 < 0.9 < Brevity().score("Returns the public key of the file.")
 
 
 def test_brevity_asks_for_the_subject_where_there_is_a_source():
