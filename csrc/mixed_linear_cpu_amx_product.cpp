@@ -77,10 +77,10 @@ static const Bf16* row_of(const Bf16* values, int64_t step, const int32_t* order
 static void pack_left_rows(const LeftTiles& job, int64_t tile, Bf16* out) {
   for (int64_t i = 0; i < kTile; i++) {
     const int64_t row = tile * kTile + i;
-    const Bf16* from = row < job.rows ? row_of(job.values, job.step, job.order, row) : nullptr;
+    const Bf16* from = row_of(job.values, job.step, job.order, row < job.rows ? row : 0);
     Bf16* to = out + i * kTerms;
     for (int64_t t = 0; t < job.terms; t += kTerms, to += kTileSize) {
-      const int64_t left = from ? job.terms - t : 0;
+      const int64_t left = row < job.rows ? job.terms - t : 0;
       const __mmask32 lanes = left >= kTerms ? ~(__mmask32)0 : (__mmask32)(((uint64_t)1 << left) - 1);
       _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(lanes, from + t));
     }

@@ -1,6 +1,6 @@
 // Many bfloat16 rows of each weighting on a processor that multiplies tiles: the base and the mix of a segment's copies
 // are made into tiles a block at a time, and both products go into one float32 sum. The mix never exists whole, and is
-// rounded by itself: beside the base, differences of a hundredth of it would lose what they hold.
+// rounded by itself: rounded as one weight, a difference a thousandth of the base's size would lose half its effect.
 #include "mixed_linear_cpu_tile_product.h"
 
 #include <algorithm>
@@ -16,7 +16,7 @@ namespace {
 // sums they stay in the second-level cache.
 constexpr int64_t kPassBytes = 1 << 21;
 constexpr int64_t kLength = 256, kColumns = 256;
-// Rows of one pass, at most: a block's sums make up 512 KiB.
+// Rows of one pass, at most: a block's sums make up 1 MiB.
 constexpr int64_t kPassRows = 1024;
 
 // Without a base none; of another dtype two, which keep 16 bits of it.
