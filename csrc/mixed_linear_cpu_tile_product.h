@@ -1,6 +1,6 @@
 // Between the drivers of products of many bfloat16 rows by tiles (mixed_linear_cpu_tile_product.cpp,
-// mixed_linear_cpu_grad.cpp) and their kernels (mixed_linear_cpu_amx_product.cpp). Includes no standard header with
-// inline functions, as mixed_linear_cpu.h.
+// mixed_linear_cpu_tile_gradient.cpp) and their kernels (mixed_linear_cpu_amx_product.cpp). Includes no standard header
+// with inline functions, as mixed_linear_cpu.h.
 //
 // out [rows, columns] = left [rows, terms] right [terms, columns], both packed as tiles: of each tile of rows or columns
 // those of all terms, zero past the last row, term and column.

@@ -43,7 +43,9 @@ class CLPTrainingConfig(TrainingArguments):
     )
     adam_power: float = field(
         default=0.5,
-        metadata={"help": "Power of Adam's second moment (Padam): 0.5 is AdamW; with less, noisy entries move less."},
+        metadata={
+            "help": "Power of Adam's second moment: 0.5 is AdamW; less is Padam: noisy entries move less, no epsilon."
+        },
     )
     kl_weight: float = field(
         default=0.01, metadata={"help": "alpha of the objective (1 - alpha) w.R - alpha KL, in [0, 1)."}

@@ -58,7 +58,7 @@ class CLPTrainer(Trainer):
 
     Raises:
         TypeError: the model is not conditioned.
-        ValueError: an empty data set, rows without prompts, rewards that do not fit.
+        ValueError: an empty data set, rows without prompts, rewards that do not fit, an optimizer beside `adam_power`.
     """
 
     model: Any
@@ -92,7 +92,9 @@ class CLPTrainer(Trainer):
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)  # type: ignore[attr-defined]
         self.reward_statistics = reward_statistics
-        if args.adam_power != 0.5 and not {"optimizers", "optimizer_cls_and_kwargs"} & kwargs.keys():
+        if args.adam_power != 0.5:
+            if kwargs.get("optimizers", (None, None))[0] or kwargs.get("optimizer_cls_and_kwargs"):
+                raise ValueError(f"adam_power is {args.adam_power}, but an optimizer was given: leave one of them out")
             betas = (args.adam_beta1, args.adam_beta2)
             padam = {"lr": args.learning_rate, "betas": betas, "power": args.adam_power}
             kwargs["optimizer_cls_and_kwargs"] = (Padam, padam)

@@ -73,7 +73,7 @@ def test_bad_options(options, message):
         Padam([torch.nn.Parameter(torch.ones(2))], **options)
 
 
-def trainer(tmp_path, tokenizer, **fields):
+def trainer(tmp_path, tokenizer, optimizers=(None, None), **fields):
     args = CLPTrainingConfig(
         output_dir=str(tmp_path / "out"), max_steps=2, per_device_train_batch_size=4, num_generations=2,
         max_completion_length=4, num_reference_samples=4, report_to="none", use_cpu=True, disable_tqdm=True,
@@ -81,7 +81,7 @@ def trainer(tmp_path, tokenizer, **fields):
     rewards = {name: lambda completions, **columns: [float(len(text)) for text in completions] for name in ("a", "b")}
     model = clp.get_clp_model(tiny_llama(0), clp.CLPConfig(rewards=["a", "b"]))
     rows = [{"prompt": text} for text in ("the cat", "a dog", "read all", "red file")]
-    return CLPTrainer(model, args, rows, processing_class=tokenizer, reward_funcs=rewards)
+    return CLPTrainer(model, args, rows, processing_class=tokenizer, reward_funcs=rewards, optimizers=optimizers)
 
 
 def test_trainer_takes_it_by_power(tmp_path, tokenizer):
@@ -105,3 +105,9 @@ def test_config_refuses_what_does_not_fit(tmp_path):
         CLPTrainingConfig(output_dir=str(tmp_path), adam_power=0.7)
     with pytest.raises(ValueError, match=r"adam_power is 0\.25, but optim sgd is not AdamW"):
         CLPTrainingConfig(output_dir=str(tmp_path), adam_power=0.25, optim="sgd")
+
+
+def test_an_optimizer_beside_the_power_is_refused(tmp_path, tokenizer):
+    given = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(ValueError, match=r"adam_power is 0\.25, but an optimizer was given"):
+        trainer(tmp_path, tokenizer, (given, None), adam_power=0.25)
