@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "cpu_pages.h"
 #include "mixed_linear_cpu_ops.h"
 #include "mixed_linear_cpu_tile_gradient.h"
 
@@ -110,6 +111,7 @@ class WeightGradient {
     for (n0_ = 0; n0_ < w_.N; n0_ += outputs_) {
       n1_ = std::min(w_.N, n0_ + outputs_);
       if (tiles_) tiles_.start_outputs(n0_, n1_);
+      make_fresh_pages();
       for (d0_ = 0; d0_ < w_.D; d0_ += inputs_) {
         d1_ = std::min(w_.D, d0_ + inputs_);
         by_copy_ ? copies() : segments(d_c);
@@ -118,6 +120,14 @@ class WeightGradient {
   }
 
  private:
+  // Of the outputs' gradients, just before they are written: while what the system zeroes is in a cache.
+  void make_fresh_pages() {
+    const int64_t first = n0_ * w_.K * w_.D, count = (n1_ - n0_) * w_.K * w_.D;
+    const int64_t size = w_.deltas_dtype == Dtype::f32 ? 4 : 2;
+    if (rounded_) make_pages(static_cast<char*>(rounded_) + first * size, count * size);
+    if (out_ && !add_) make_pages(out_ + first, count * size);
+  }
+
   int64_t width() const { return d1_ - d0_; }
   int64_t step() const { return tiles_ ? inputs_ : width(); }
   bool is_bfloat16() const { return dy_.dtype == Dtype::bf16 && x_.dtype == Dtype::bf16; }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu_pages.h"
 #include "mixed_linear_logprob_cpu_call.h"
 
 namespace clp::logprob {
@@ -146,8 +147,10 @@ void mixed_linear_logprob_cpu_backward(
   RowsJob& job = call.job;
   if (adds_deltas) main_grad_floats(*d_deltas, call.args.weights.N, job.K, job.D);
   for (const std::optional<Tensor>* gradient : {&d_base, &d_deltas, &d_c, &d_bias, &d_bias_deltas}) {
-    if (job.M > 0 || !*gradient || (gradient == &d_deltas && adds_deltas)) continue;
-    std::memset((*gradient)->mutable_data_ptr(), 0, (*gradient)->numel() * (*gradient)->element_size());
+    if (!*gradient || (gradient == &d_deltas && adds_deltas)) continue;
+    const int64_t bytes = (*gradient)->numel() * static_cast<int64_t>((*gradient)->element_size());
+    make_pages((*gradient)->mutable_data_ptr(), bytes);
+    if (job.M == 0) std::memset((*gradient)->mutable_data_ptr(), 0, bytes);
   }
   if (job.M == 0) return;
   const std::vector<float> normalizers = call.gather(normalizer, 2), d_logprobs = call.gather(d_logprob, 1);
