@@ -58,11 +58,11 @@ class DemoSettings:
         sweep_batch_size: completions of a sweep's batch.
     """
 
-    max_steps: int = 14
+    max_steps: int = 20
     prompts_per_step: int = 6
     num_generations: int = 6
     max_completion_length: int = 24
-    learning_rate: float = 2.2e-4
+    learning_rate: float = 1.8e-4
     adam_power: float = 0.25
     warmup_steps: int = 2
     kl_weight: float = 0.12

@@ -14,7 +14,7 @@ class Brevity:
     """A short plain sentence on the subject: `tent(words) * fluency * on_subject`, in [0, 1], 0 when empty.
 
     `tent` is `max(0, 1 - log(words / target) / width)` above the target, nothing being left from `target * e**width`
-    words (16.8) on, so that a source repeated as it is earns little: where whole copies pay, training finds them first
+    words (17.2) on, so that a source repeated as it is earns little: where whole copies pay, training finds them first
     and never shortens them. Below the target it falls twice as fast: a word too few costs more than one too many.
     Words are counted with camelCase and snake_case cut, so gluing them gains nothing; what does not read as an English
     sentence loses by `clp_engine.rewards.text.fluency`; `on_subject` is 0.25 + 0.75 * the share of the content words
@@ -29,7 +29,7 @@ class Brevity:
         ValueError: a parameter is not positive.
     """
 
-    def __init__(self, target_words: float = 6.5, width: float = 0.95, source_column: str | None = "source") -> None:
+    def __init__(self, target_words: float = 7.0, width: float = 0.9, source_column: str | None = "source") -> None:
         if not target_words > 0 or not width > 0:
             raise ValueError(f"target_words and width must be positive, got {target_words} and {width}")
         self.__name__ = "brevity"
