@@ -111,7 +111,6 @@ class WeightGradient {
     for (n0_ = 0; n0_ < w_.N; n0_ += outputs_) {
       n1_ = std::min(w_.N, n0_ + outputs_);
       if (tiles_) tiles_.start_outputs(n0_, n1_);
-      make_fresh_pages();
       for (d0_ = 0; d0_ < w_.D; d0_ += inputs_) {
         d1_ = std::min(w_.D, d0_ + inputs_);
         by_copy_ ? copies() : segments(d_c);
@@ -120,14 +119,6 @@ class WeightGradient {
   }
 
  private:
-  // Of the outputs' gradients, just before they are written: while what the system zeroes is in a cache.
-  void make_fresh_pages() {
-    const int64_t first = n0_ * w_.K * w_.D, count = (n1_ - n0_) * w_.K * w_.D;
-    const int64_t size = w_.deltas_dtype == Dtype::f32 ? 4 : 2;
-    if (rounded_) make_pages(static_cast<char*>(rounded_) + first * size, count * size);
-    if (out_ && !add_) make_pages(out_ + first, count * size);
-  }
-
   int64_t width() const { return d1_ - d0_; }
   int64_t step() const { return tiles_ ? inputs_ : width(); }
   bool is_bfloat16() const { return dy_.dtype == Dtype::bf16 && x_.dtype == Dtype::bf16; }
@@ -316,6 +307,7 @@ std::tuple<Tensor, Tensor> mixed_linear_cpu_backward_deltas(const Tensor& dy, co
   }
   Target target;
   if (needs_deltas && main_grad) target = {added_to, true, nullptr};
+  if (returns_deltas) make_pages(d_deltas.mutable_data_ptr(), w.N * w.K * w.D * (w.deltas_dtype == Dtype::f32 ? 4 : 2));
   if (returns_deltas && w.deltas_dtype == Dtype::f32) target.floats = static_cast<float*>(d_deltas.mutable_data_ptr());
   if (returns_deltas && w.deltas_dtype != Dtype::f32) target.rounded = d_deltas.mutable_data_ptr();
   Plan plan = plan_rows(args.row_map, M, S);

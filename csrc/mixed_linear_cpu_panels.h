@@ -9,9 +9,10 @@
 // 4 %.
 constexpr int64_t kChain = 128;
 
-// A block's rows of weights, kChain floats each, one after the other. Copied there even if they are floats: rows a power
-// of two apart share few places in a cache, and have more addresses than there are registers (AVX-512, 504 rows of 2048
-// floats, one Xeon core: 135 GFLOP/s so, 125 in place). And, where not null, as many weights to fetch meanwhile.
+// A block's rows of weights, kChain floats each, one after the other. Copied there even if they are floats: rows a
+// power of two apart share few places in a cache, and have more addresses than there are registers (AVX-512, 504 rows
+// of 2048 floats, one Xeon core: 135 GFLOP/s so, 125 in place; AVX2 was not measured). And, where not null, as many
+// weights to fetch meanwhile.
 struct BlockRows {
   const float* w;
   const float* next[kRows];
@@ -80,7 +81,8 @@ struct RowGroup {
     }
   }
 
-  // Terms [d, d + steps) of row j as floats into `wide`; where the row after it may be fetched meanwhile, where it lies.
+  // Terms [d, d + steps) of row j, as floats, into `wide`. `fetch`: where float terms that are read next lie; 16-bit
+  // ones are fetched here.
   CLP_INLINE_MEMBER void terms(int64_t j, int64_t d, int64_t steps, float* wide, const float*& fetch) const {
     const Weight *from = row[j] + d, *next = d + kChain < D ? from + kChain : after[j];
     if constexpr (sizeof(Weight) == 4) {
