@@ -13,12 +13,14 @@ namespace clp {
 
 #ifdef __linux__
 
-void make_pages(void* data, int64_t bytes) {
+void make_pages(const Tensor& result) {
   constexpr int64_t least = 8 << 20, piece = 2 << 20;
   constexpr int populate_write = 23;  // MADV_POPULATE_WRITE, which headers older than Linux 5.14 have not
+  const int64_t bytes = result.numel() * static_cast<int64_t>(result.element_size());
   if (bytes < least) return;
   static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = reinterpret_cast<uintptr_t>(data), last = first + static_cast<uintptr_t>(bytes);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t last = first + static_cast<uintptr_t>(bytes);
   const uintptr_t begin = (first + page - 1) / page * page, end = last / page * page;
   // Advice: a system that refuses it leaves the memory as it was. Once for all: pieces advised by themselves stay so.
   (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
@@ -30,7 +32,7 @@ void make_pages(void* data, int64_t bytes) {
 
 #else
 
-void make_pages(void*, int64_t) {}
+void make_pages(const Tensor&) {}
 
 #endif
 

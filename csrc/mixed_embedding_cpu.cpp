@@ -64,7 +64,7 @@ Tensor zeros_where(bool needed, const Tensor& like, std::vector<int64_t> shape) 
   Tensor zeros = torch::stable::new_empty(like, needed ? shape : std::vector<int64_t>{0});
   const int64_t each = static_cast<int64_t>(zeros.element_size());
   char* data = static_cast<char*>(zeros.mutable_data_ptr());
-  make_pages(data, zeros.numel() * each);
+  make_pages(zeros);
   parallel_rows(zeros.numel(), 1, [&](int64_t begin, int64_t end) {
     std::memset(data + begin * each, 0, (end - begin) * each);
   });

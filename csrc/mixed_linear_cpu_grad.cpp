@@ -307,7 +307,7 @@ std::tuple<Tensor, Tensor> mixed_linear_cpu_backward_deltas(const Tensor& dy, co
   }
   Target target;
   if (needs_deltas && main_grad) target = {added_to, true, nullptr};
-  if (returns_deltas) make_pages(d_deltas.mutable_data_ptr(), w.N * w.K * w.D * (w.deltas_dtype == Dtype::f32 ? 4 : 2));
+  if (returns_deltas) make_pages(d_deltas);
   if (returns_deltas && w.deltas_dtype == Dtype::f32) target.floats = static_cast<float*>(d_deltas.mutable_data_ptr());
   if (returns_deltas && w.deltas_dtype != Dtype::f32) target.rounded = d_deltas.mutable_data_ptr();
   Plan plan = plan_rows(args.row_map, M, S);

@@ -148,9 +148,9 @@ void mixed_linear_logprob_cpu_backward(
   if (adds_deltas) main_grad_floats(*d_deltas, call.args.weights.N, job.K, job.D);
   for (const std::optional<Tensor>* gradient : {&d_base, &d_deltas, &d_c, &d_bias, &d_bias_deltas}) {
     if (!*gradient || (gradient == &d_deltas && adds_deltas)) continue;
-    const int64_t bytes = (*gradient)->numel() * static_cast<int64_t>((*gradient)->element_size());
-    make_pages((*gradient)->mutable_data_ptr(), bytes);
-    if (job.M == 0) std::memset((*gradient)->mutable_data_ptr(), 0, bytes);
+    make_pages(**gradient);
+    if (job.M > 0) continue;
+    std::memset((*gradient)->mutable_data_ptr(), 0, (*gradient)->numel() * (*gradient)->element_size());
   }
   if (job.M == 0) return;
   const std::vector<float> normalizers = call.gather(normalizer, 2), d_logprobs = call.gather(d_logprob, 1);
