@@ -28,7 +28,7 @@ from bench.workload import (
     num_bytes,
     rotate,
 )
-from clp_kernels import available_backends, backend_for, mixed_linear, mixed_linear_ref
+from clp_kernels import available_backends, backend_for, extension, mixed_linear, mixed_linear_ref
 
 MAX_PREMIXED = 64  # weightings up to which premixing in every call is a peer at all
 MOST_DECODED = 64  # rows up to which a kernel for few rows is worth its place among the back-ends
@@ -218,7 +218,7 @@ def contenders(case: Case, device: str, tensors: Tensors) -> dict[str, Contender
         calls["premix"] = premix(case)
     if case.is_gpu and case.S <= MAX_PREMIXED:
         calls["premix_in_turn"] = premix_in_turn(case)
-    if case.is_gpu and case.S < case.M:
+    if may_round(case, device):
         calls["rounded"] = ours("auto", exact_delta=False)
     if device == "cuda":  # on a CPU the reference is `concat`, and "auto" is the C++ kernel
         missing = available_backends()
@@ -229,6 +229,12 @@ def contenders(case: Case, device: str, tensors: Tensors) -> dict[str, Contender
     found = {name: Contender(call, case.trained("x", "deltas")) for name, call in calls.items()}
     found |= {f"{OURS}-S{S}": Contender(ours("auto", f"row_map_S{S}"), answers=f"S{S}") for S in case.counts}
     return found | {CEILING: Contender(plain, case.trained("x", "premixed"), CEILING)}
+
+
+def may_round(case: Case, device: str) -> bool:
+    """Whether base and mix as one 16-bit weight, which is what `plain` and `premix` multiply, is a form of its own."""
+    is_half = case.dtype != "f32" and case.has_base and case.S < case.M
+    return is_half and (case.is_gpu or (device == "cpu" and extension.isa() == "amx_bf16"))
 
 
 def ours(backend: str, row_map: str = "row_map", exact_delta: bool = True) -> Call:

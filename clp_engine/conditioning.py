@@ -29,6 +29,7 @@ class Conditioning:
             holds several sequences.
         backend: name handed to the operators.
         batch_invariant: handed to them too: a row's bits may not depend on the rest of the batch.
+        exact_delta: handed to linear layers: base and copies may not be rounded as one 16-bit weight.
         is_reference: every coefficient is known on the host to be zero: layers skip their copies.
         lambda_S1: what drives the parts that all weightings share, None where the model has none.
         kept_rows_1L: beside rows [1, T] those of the tokens whose logits are asked for, which are all that a head sees.
@@ -38,6 +39,7 @@ class Conditioning:
     rows_B: torch.Tensor
     backend: str = "auto"
     batch_invariant: bool = False
+    exact_delta: bool = True
     is_reference: bool = False
     lambda_S1: torch.Tensor | None = None
     kept_rows_1L: torch.Tensor | None = None
@@ -46,35 +48,39 @@ class Conditioning:
 
     @classmethod
     def from_rows(
-        cls, c_BC: torch.Tensor, backend: str, num_copies: int, batch_invariant: bool = False
+        cls,
+        c_BC: torch.Tensor,
+        backend: str,
+        num_copies: int,
+        batch_invariant: bool = False,
+        exact_delta: bool = True,
     ) -> Conditioning:
         """Build the record of a batch from one coefficient row per sequence, c_BC [B, K] or [B, K + 1] float32.
 
         Equal rows are merged on the host, where the values lie there; on a GPU that would wait for the device.
         """
-        how = (backend, batch_invariant, num_copies)
+        how = (backend, batch_invariant, exact_delta)
         if c_BC.device.type != "cpu" or c_BC.requires_grad or torch.compiler.is_compiling():
             rows_B = torch.arange(c_BC.shape[0], dtype=torch.int32, device=c_BC.device)
-            return cls._of(c_BC, rows_B, False, *how)
+            return cls._of(c_BC, rows_B, num_copies, False, *how)
         index: dict[tuple[float, ...], int] = {}
         rows = [index.setdefault(tuple(row), len(index)) for row in c_BC.tolist()]
         # Batch-invariant, a row of the reference is computed as it is beside others.
         is_reference = not batch_invariant and all(c == 0 for row in index for c in row)
         distinct = torch.tensor(list(index), dtype=c_BC.dtype).view(-1, c_BC.shape[1])
-        return cls._of(distinct, torch.tensor(rows, dtype=torch.int32), is_reference, *how)
+        return cls._of(distinct, torch.tensor(rows, dtype=torch.int32), num_copies, is_reference, *how)
 
     @classmethod
     def _of(
         cls,
         c_SC: torch.Tensor,
         rows_B: torch.Tensor,
-        is_reference: bool,
-        backend: str,
-        batch_invariant: bool,
         num_copies: int,
+        is_reference: bool,
+        *how: Any,
     ) -> Conditioning:
         lambda_S1 = c_SC[:, num_copies:].contiguous() if c_SC.shape[1] > num_copies else None
-        return cls(c_SC[:, :num_copies].contiguous(), rows_B, backend, batch_invariant, is_reference, lambda_S1)
+        return cls(c_SC[:, :num_copies].contiguous(), rows_B, *how, is_reference, lambda_S1)
 
     def packed(self, sequence_1T: torch.Tensor, logits_to_keep: int | torch.Tensor = 0) -> Conditioning:
         """The record of a batch of one row that holds this record's sequences one after the other.

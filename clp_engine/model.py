@@ -67,7 +67,7 @@ def get_clp_model(model: PreTrainedModel, config: CLPConfig) -> Any:
     plain_class: Any = type(model)
     conditioned.__class__ = _conditioned_class(plain_class)
     conditioned.clp_config, conditioned._active = config, active
-    conditioned._kernel_backend, conditioned._batch_invariant = "auto", False
+    conditioned._kernel_backend, conditioned._batch_invariant, conditioned._exact_delta = "auto", False, True
     conditioned._said_default, conditioned._isolates, conditioned.prompt_template = False, {}, None
     if "_old_forward" in vars(model):  # accelerate's hook runs it in the forward's place, under its signature
         conditioned._old_forward = type(conditioned).forward.__get__(conditioned)
@@ -120,6 +120,7 @@ class CLPModel(WeightedGeneration, StoredModel):
     _active: ActiveConditioning
     _kernel_backend: str
     _batch_invariant: bool
+    _exact_delta: bool
     _said_default: bool
     _isolates: dict[str, bool]
 
@@ -192,7 +193,8 @@ class CLPModel(WeightedGeneration, StoredModel):
             )
         accumulator = torch.promote_types(self.dtype, torch.float32)  # type: ignore[attr-defined]
         c_BC = coefficients_BC.to(accumulator)
-        record = Conditioning.from_rows(c_BC, self._kernel_backend, config.num_copies, self._batch_invariant)
+        how = (self._kernel_backend, config.num_copies, self._batch_invariant, self._exact_delta)
+        record = Conditioning.from_rows(c_BC, *how)
         return record.to(self.device)  # type: ignore[attr-defined]
 
     def coefficients(
@@ -229,10 +231,10 @@ class CLPModel(WeightedGeneration, StoredModel):
     @staticmethod
     def own_attributes() -> tuple[str, ...]:
         """Names of what conditioning sets on the model object."""
-        settings = ("_kernel_backend", "_batch_invariant", "_said_default", "_isolates")
+        settings = ("_kernel_backend", "_batch_invariant", "_exact_delta", "_said_default", "_isolates")
         return "clp_config", "prompt_template", "_active", *settings
 
-    def set_kernel_backend(self, name: str, batch_invariant: bool = False) -> None:
+    def set_kernel_backend(self, name: str, batch_invariant: bool = False, exact_delta: bool = True) -> None:
         """Choose how this model's conditioned layers are computed.
 
         Args:
@@ -240,6 +242,9 @@ class CLPModel(WeightedGeneration, StoredModel):
             batch_invariant: True gives a row of a conditioned layer's output the same bits whatever else is in the
                 batch, at some cost; then `kl_weight=1.0` is the reference model to rounding instead of bit for bit. For
                 the layers between them (attention, all that is not conditioned) torch promises no such thing.
+            exact_delta: False lets linear layers round base and copies as one 16-bit weight where many rows share a
+                weighting, as `collapse` does: faster, and much of the effect of copies a thousandth of the base's size
+                is lost.
 
         Raises:
             ValueError: an unknown name, or a back-end that cannot keep a row's bits.
@@ -256,7 +261,7 @@ class CLPModel(WeightedGeneration, StoredModel):
                 raise ValueError(f"{layer.operator}, which {layer.clp.path} calls, has no {name!r} form: use 'auto'")
             if layer.added and batch_invariant:
                 layer.check_batch_invariant(layer.auto_backend() if name == "auto" else name)
-        self._kernel_backend, self._batch_invariant = name, batch_invariant
+        self._kernel_backend, self._batch_invariant, self._exact_delta = name, batch_invariant, exact_delta
 
     def kernel_backend(self) -> str:
         """The back-end that the first conditioned layer takes now; what "auto" resolves to."""

@@ -98,7 +98,8 @@ void Bias::mix(const float* c, int64_t K, int64_t n0, int64_t n1, float* out) co
 
 void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
                           const Tensor& row_map, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& bias_deltas, bool batch_invariant, const Tensor& y) {
+                          const std::optional<Tensor>& bias_deltas, bool batch_invariant, bool exact_delta,
+                          const Tensor& y) {
   const MixedLinearArgs args(base, deltas, c, row_map);
   const int64_t M = args.M, N = args.weights.N, K = args.weights.K;
   if (M == 0 || N == 0) return;
@@ -112,9 +113,11 @@ void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, co
   const TileKernels* tiles = values.dtype == Dtype::bf16 && !batch_invariant ? tile_kernels_in_use() : nullptr;
   const int64_t num_products =
       any.count * products_of(args.weights.deltas_dtype) + any.base * products_of(args.weights.base_dtype);
-  if (tiles && tile_mixes_are_cheaper(M, segments, num_streams, tile_parts(args.weights), num_products)) {
+  const int64_t num_parts = tile_parts(args.weights, exact_delta);
+  if (tiles && tile_mixes_are_cheaper(M, segments, num_streams, num_parts, num_products)) {
     Product product = product_of(args, plan, mixes, values, false, true);
     product.way = Way::tiles;
+    product.is_exact = exact_delta;
     return run_into(product, biases, y.mutable_data_ptr(), values.dtype);
   }
   if (tiles && tiles_are_cheaper(M, segments, num_streams, num_products)) {
@@ -132,7 +135,8 @@ void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, co
 }
 
 Tensor mixed_linear_cpu_backward_x(const Tensor& dy, const std::optional<Tensor>& base, const Tensor& deltas,
-                                   const Tensor& c, const Tensor& row_map, bool batch_invariant) {
+                                   const Tensor& c, const Tensor& row_map, bool batch_invariant,
+                                   bool exact_delta) {
   const MixedLinearArgs args(base, deltas, c, row_map);
   const int64_t M = args.M, D = args.weights.D;
   const Tensor rows = contiguous_rows(dy, "dy", M, args.weights.N);
@@ -144,12 +148,13 @@ Tensor mixed_linear_cpu_backward_x(const Tensor& dy, const std::optional<Tensor>
   const int64_t segments = static_cast<int64_t>(plan.segments.size());
   const int64_t num_streams = mixes.any().count + mixes.any().base;
   const bool tiles = values.dtype == Dtype::bf16 && !batch_invariant && tile_products_in_use() &&
-                     tile_mixes_are_cheaper(M, segments, num_streams, tile_parts(args.weights), 0);
+                     tile_mixes_are_cheaper(M, segments, num_streams, tile_parts(args.weights, exact_delta), 0);
   const bool mixed = batch_invariant || tiles || !streams_are_cheaper(M, segments, num_streams, false);
   if (!mixed) plan.order.clear();
   Product product = product_of(args, plan, mixes, values, true, mixed);
   if (batch_invariant || M < kTorchRows || (mixed && segments_are_short(M, segments))) product.way = Way::blocks;
   if (tiles) product.way = Way::tiles;
+  product.is_exact = exact_delta;
   run_into(product, Bias(), dx.mutable_data_ptr(), values.dtype);
   return dx;
 }

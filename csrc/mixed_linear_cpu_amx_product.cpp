@@ -117,8 +117,17 @@ static void pack_left(const LeftTiles& job, int64_t tile_begin, int64_t tile_end
 constexpr bool is_bfloat16(const Bf16*) { return true; }
 constexpr bool is_bfloat16(const void*) { return false; }
 
-// The base (copies = 0), or the mix of so many copies; -1: of any number.
-template <typename Weight, int copies>
+// Where a source's weights lie: in the first copy, or in the base alone, and in the base beside it.
+template <typename Weight>
+struct Place {
+  const Weight* at;
+  const Bf16* beside;
+
+  CLP_INLINE_MEMBER Place operator+(int64_t size) const { return {at + size, beside ? beside + size : nullptr}; }
+};
+
+// The base (copies = 0), or the mix of so many copies; -1: of any number. `on_base`: with the base beside them.
+template <typename Weight, int copies, bool on_base>
 class Source {
  public:
   CLP_INLINE_MEMBER explicit Source(const RightTiles& job, const Weight* weights)
@@ -129,45 +138,57 @@ class Source {
     }
   }
 
-  // Weights of output n from input d on, those of the first copy.
-  CLP_INLINE_MEMBER const Weight* row(int64_t n, int64_t d) const {
-    return weights_ + (job_.order ? job_.order[n] : n) * row_ + d;
+  // Weights of output n from input d on.
+  CLP_INLINE_MEMBER Place<Weight> place(int64_t n, int64_t d) const {
+    if (job_.order) n = job_.order[n];
+    return {weights_ + n * row_ + d, on_base ? (const Bf16*)job_.weights.base + n * job_.weights.D + d : nullptr};
   }
 
   // 16 weights; those past the lanes are zero.
-  CLP_INLINE_MEMBER Vec at(const Weight* row, __mmask16 lanes) const {
-    if constexpr (copies == 0) return load_lanes(row, lanes);
-    Vec sum = splat(0.0f);
-    for (int64_t a = 0; a < count(); a++) sum += load_lanes(row + offset(a), lanes) * c(a);
+  CLP_INLINE_MEMBER Vec at(const Place<Weight>& place, __mmask16 lanes) const {
+    if constexpr (copies == 0) return load_lanes(place.at, lanes);
+    Vec sum = on_base ? load_lanes(place.beside, lanes) : splat(0.0f);
+    for (int64_t a = 0; a < count(); a++) sum += load_lanes(place.at + offset(a), lanes) * c(a);
     return sum;
   }
 
   // 32 weights, rounded to 16 pairs.
-  CLP_INLINE_MEMBER Vec pairs(const Weight* row, int64_t left) const {
+  CLP_INLINE_MEMBER Vec pairs(const Place<Weight>& place, int64_t left) const {
     if constexpr (is_bfloat16((const Weight*)nullptr)) {
       const __mmask32 lanes = left >= kTerms ? ~(__mmask32)0 : left <= 0 ? 0 : ((__mmask32)1 << left) - 1;
-      if constexpr (copies == 0) return (Vec)_mm512_maskz_loadu_epi16(lanes, row);
+      if constexpr (copies == 0) return (Vec)_mm512_maskz_loadu_epi16(lanes, place.at);
       Vec even = splat(0.0f), odd = splat(0.0f);
+      if constexpr (on_base) {
+        odd = (Vec)_mm512_maskz_loadu_epi16(lanes, place.beside);
+        even = evens_of(odd);
+      }
       for (int64_t a = 0; a < count(); a++) {
-        Vec odds = (Vec)_mm512_maskz_loadu_epi16(lanes, row + offset(a));
-        const Vec evens = (Vec)_mm512_slli_epi32((__m512i)odds, 16);
-        odds = (Vec)_mm512_and_si512((__m512i)odds, _mm512_set1_epi32((int)0xffff0000));
+        Vec odds = (Vec)_mm512_maskz_loadu_epi16(lanes, place.at + offset(a));
+        const Vec evens = evens_of(odds);
         even += evens * c(a);
         odd += odds * c(a);
       }
       return interleave(rounded(even, odd));
     } else {
-      return (Vec)rounded(at(row, first_lanes(left)), at(row + kWidth, first_lanes(left - kWidth)));
+      return (Vec)rounded(at(place, first_lanes(left)), at(place + kWidth, first_lanes(left - kWidth)));
     }
   }
 
   // Rows of several outputs side by side are no stream to the processor's own prefetcher.
-  CLP_INLINE_MEMBER void fetch(const Weight* row) const {
-    if constexpr (copies == 0) __builtin_prefetch(row);
-    for (int64_t a = 0; a < count(); a++) __builtin_prefetch(row + offset(a));
+  CLP_INLINE_MEMBER void fetch(const Place<Weight>& place) const {
+    if constexpr (copies == 0) __builtin_prefetch(place.at);
+    if constexpr (on_base) __builtin_prefetch(place.beside);
+    for (int64_t a = 0; a < count(); a++) __builtin_prefetch(place.at + offset(a));
   }
 
  private:
+  // The even ones of 32 bfloat16s as float32s; the odd ones stay.
+  CLP_INLINE_MEMBER static Vec evens_of(Vec& odd) {
+    const Vec even = (Vec)_mm512_slli_epi32((__m512i)odd, 16);
+    odd = (Vec)_mm512_and_si512((__m512i)odd, _mm512_set1_epi32((int)0xffff0000));
+    return even;
+  }
+
   CLP_INLINE_MEMBER int64_t count() const { return copies < 0 ? job_.mix.count : copies; }
   CLP_INLINE_MEMBER int64_t offset(int64_t a) const {
     if constexpr (copies < 0) return job_.mix.copies[a] * job_.weights.D;
@@ -187,13 +208,13 @@ class Source {
 
 // A tile of columns n by terms d: each row of memory becomes a vector of pairs, and these change places. Row after row
 // into `out`, as rows of tiles, and from there: the processor's own prefetcher follows few streams.
-template <int parts, typename Weight, int copies>
-static void pack_columns(const RightTiles& job, const Source<Weight, copies>& source, int64_t tile, Bf16* out) {
+template <int parts, typename Source>
+static void pack_columns(const RightTiles& job, const Source& source, int64_t tile, Bf16* out) {
   const int64_t n0 = job.j0 + tile * kTile, count = job.j1 - n0, terms = job.i1 - job.i0;
   for (int64_t i = 0; i < kTile; i++) {
-    const Weight* row = source.row(n0 + (i < count ? i : 0), job.i0);
+    auto row = source.place(n0 + (i < count ? i : 0), job.i0);
     Bf16* to = out + i * kTerms;
-    for (int64_t left = terms; left > 0; left -= kTerms, row += kTerms, to += kTileSize) {
+    for (int64_t left = terms; left > 0; left -= kTerms, row = row + kTerms, to += kTileSize) {
       const int64_t lanes = i < count ? left : 0;
       if constexpr (parts == 2) {
         Vec first = source.at(row, first_lanes(lanes)), second = source.at(row + kWidth, first_lanes(lanes - kWidth));
@@ -220,24 +241,23 @@ static void pack_columns(const RightTiles& job, const Source<Weight, copies>& so
 constexpr int64_t kAhead = 8;
 
 // A tile of columns d by terms n: two rows of memory become pairs.
-template <int parts, typename Weight, int copies>
-static void pack_rows(const RightTiles& job, const Source<Weight, copies>& source, int64_t tile_begin,
-                      int64_t tile_end) {
+template <int parts, int line, typename Source>
+static void pack_rows(const RightTiles& job, const Source& source, int64_t tile_begin, int64_t tile_end) {
   const int64_t terms = job.i1 - job.i0, size = (terms + kTerms - 1) / kTerms * kTileSize;
-  const int64_t d0 = job.j0 + tile_begin * kTile, d1 = job.j0 + tile_end * kTile, line = 64 / sizeof(Weight);
+  const int64_t d0 = job.j0 + tile_begin * kTile, d1 = job.j0 + tile_end * kTile;
   for (int64_t t = 0; t < terms; t += 2) {
     const int64_t n = job.i0 + t;
     const bool is_pair = t + 1 < terms;
-    const Weight *row = source.row(n, d0), *next = source.row(is_pair ? n + 1 : n, d0);
+    auto row = source.place(n, d0), next = source.place(is_pair ? n + 1 : n, d0);
     if (t + kAhead + 1 < terms) {
-      const Weight *later = source.row(n + kAhead, d0), *after = source.row(n + kAhead + 1, d0);
+      const auto later = source.place(n + kAhead, d0), after = source.place(n + kAhead + 1, d0);
       for (int64_t d = 0; d < d1 - d0; d += line) {
         source.fetch(later + d);
         source.fetch(after + d);
       }
     }
     Bf16* to = job.out + tile_begin * size + t * kTile;
-    for (int64_t d = d0; d < d1; d += kTile, row += kTile, next += kTile, to += size) {
+    for (int64_t d = d0; d < d1; d += kTile, row = row + kTile, next = next + kTile, to += size) {
       const __mmask16 lanes = first_lanes(job.j1 - d);
       Vec first = source.at(row, lanes), second = source.at(next, is_pair ? lanes : 0);
       if constexpr (parts == 2) {
@@ -256,37 +276,45 @@ static void pack_rows(const RightTiles& job, const Source<Weight, copies>& sourc
   }
 }
 
-template <int parts, typename Weight, int copies>
+template <int parts, int copies, bool on_base, typename Weight>
 static void pack_source(const RightTiles& job, const Weight* weights, int64_t tile_begin, int64_t tile_end) {
-  const Source<Weight, copies> source(job, weights);
-  if (job.transposed) return pack_rows<parts>(job, source, tile_begin, tile_end);
+  const Source<Weight, copies, on_base> source(job, weights);
+  if (job.transposed) return pack_rows<parts, 64 / sizeof(Weight)>(job, source, tile_begin, tile_end);
   const int64_t size = (job.i1 - job.i0 + kTerms - 1) / kTerms * kTileSize;
   for (int64_t tile = tile_begin; tile < tile_end; tile++) {
     pack_columns<parts>(job, source, tile, job.out + tile * size);
   }
 }
 
-template <int parts, typename Weight>
-static void pack_parts(const RightTiles& job, const Weight* weights, int64_t tile_begin, int64_t tile_end) {
-  if (job.mix.base) return pack_source<parts, Weight, 0>(job, weights, tile_begin, tile_end);
+template <int parts, bool on_base, typename Weight>
+static void pack_mix(const RightTiles& job, const Weight* weights, int64_t tile_begin, int64_t tile_end) {
   switch (job.mix.count) {
     case 1:
-      return pack_source<parts, Weight, 1>(job, weights, tile_begin, tile_end);
+      return pack_source<parts, 1, on_base>(job, weights, tile_begin, tile_end);
     case 2:
-      return pack_source<parts, Weight, 2>(job, weights, tile_begin, tile_end);
+      return pack_source<parts, 2, on_base>(job, weights, tile_begin, tile_end);
     case 4:
-      return pack_source<parts, Weight, 4>(job, weights, tile_begin, tile_end);
+      return pack_source<parts, 4, on_base>(job, weights, tile_begin, tile_end);
     default:
-      return pack_source<parts, Weight, -1>(job, weights, tile_begin, tile_end);
+      return pack_source<parts, -1, on_base>(job, weights, tile_begin, tile_end);
   }
 }
 
 static void pack_right(const RightTiles& job, int64_t tile_begin, int64_t tile_end) {
   const Weights& w = job.weights;
-  const Dtype dtype = job.mix.base ? w.base_dtype : w.deltas_dtype;
-  with_type(dtype, job.mix.base ? w.base : w.deltas, [&](const auto* weights) {
-    job.parts == 2 ? pack_parts<2>(job, weights, tile_begin, tile_end)
-                   : pack_parts<1>(job, weights, tile_begin, tile_end);
+  if (job.mix.base && job.mix.count > 0) {
+    if (w.deltas_dtype == Dtype::bf16) return pack_mix<1, true>(job, (const Bf16*)w.deltas, tile_begin, tile_end);
+    return pack_mix<1, true>(job, (const float*)w.deltas, tile_begin, tile_end);
+  }
+  if (job.mix.base) {
+    return with_type(w.base_dtype, w.base, [&](const auto* weights) {
+      job.parts == 2 ? pack_source<2, 0, false>(job, weights, tile_begin, tile_end)
+                     : pack_source<1, 0, false>(job, weights, tile_begin, tile_end);
+    });
+  }
+  with_type(w.deltas_dtype, w.deltas, [&](const auto* weights) {
+    job.parts == 2 ? pack_mix<2, false>(job, weights, tile_begin, tile_end)
+                   : pack_mix<1, false>(job, weights, tile_begin, tile_end);
   });
 }
 

@@ -169,6 +169,7 @@ struct Product {
   int64_t terms_each;
   float* out;                // [M, columns], for rows in their own order; null: tiles lie in scratch memory
   std::function<void(const Tile&)> finish;  // called with each tile of final sums, by any thread; or empty
+  bool is_exact = true;      // tiles: base and mix of copies not rounded as one bfloat16
 
   int64_t length() const { return transposed ? args.weights.N : args.weights.D; }
   int64_t columns() const { return transposed ? args.weights.D : args.weights.N; }
@@ -182,24 +183,26 @@ struct TileProductKernels;
 // Kernels that multiply tiles of bfloat16, as tile_kernels_in_use.
 const TileProductKernels* tile_products_in_use();
 
-// bfloat16s that a weight takes: the base's, and those of the mix of copies beside it. Alone, the mix takes two.
-int64_t tile_parts(const Weights& weights);
+// bfloat16s that a weight takes: the base's, and those of the mix of copies beside it. Alone, the mix takes two. One for
+// both, where that is not to be exact and the base is one itself.
+int64_t tile_parts(const Weights& weights, bool is_exact);
 
 void run_tile_product(const TileProductKernels& kernels, const Product& product);
 
 // Writes y, whose N columns follow x's rows. x, c and row_map are contiguous, and of any rank.
 void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
                           const Tensor& row_map, const std::optional<Tensor>& bias,
-                          const std::optional<Tensor>& bias_deltas, bool batch_invariant, const Tensor& y);
+                          const std::optional<Tensor>& bias_deltas, bool batch_invariant, bool exact_delta,
+                          const Tensor& y);
 
 // Checks that the arguments fit, and returns y [..., N]: coefficients [S, K] with a row map of x's leading sizes, or
 // [..., K] whose leading sizes are the first of x's.
 Tensor mixed_linear_cpu_call(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
                              const std::optional<Tensor>& row_map, const std::optional<Tensor>& bias,
-                             const std::optional<Tensor>& bias_deltas, bool batch_invariant);
+                             const std::optional<Tensor>& bias_deltas, bool batch_invariant, bool exact_delta);
 
 Tensor mixed_linear_cpu_backward_x(const Tensor& dy, const std::optional<Tensor>& base, const Tensor& deltas,
-                                   const Tensor& c, const Tensor& row_map, bool batch_invariant);
+                                   const Tensor& c, const Tensor& row_map, bool batch_invariant, bool exact_delta);
 
 // The gradients of the deltas [N, K, D] and of the coefficients [S, K]; an empty tensor for one that is not needed.
 // Where main_grad is given, the deltas' gradient is added to it in float32, and the tensor returned for it is empty.

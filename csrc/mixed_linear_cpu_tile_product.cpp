@@ -1,6 +1,7 @@
 // Many bfloat16 rows of each weighting on a processor that multiplies tiles: the base and the mix of a segment's copies
 // are made into tiles a block at a time, and both products go into one float32 sum. The mix never exists whole, and is
 // rounded by itself: rounded as one weight, a difference a thousandth of the base's size would lose half its effect.
+// Where the caller allows that, both make one product.
 #include "mixed_linear_cpu_tile_product.h"
 
 #include <algorithm>
@@ -22,6 +23,11 @@ constexpr int64_t kPassRows = 1024;
 // Without a base none; of another dtype two, which keep 16 bits of it.
 int base_parts(const Weights& weights) { return !weights.base ? 0 : weights.base_dtype == Dtype::bf16 ? 1 : 2; }
 
+// Whether base and mix are rounded as one weight: pack_right takes them together where both are read as fast as that.
+bool is_rounded(const Weights& weights, bool is_exact) {
+  return !is_exact && base_parts(weights) == 1 && weights.deltas_dtype != Dtype::f16;
+}
+
 // Rows of one segment, packed from `tile` on.
 struct Piece {
   int64_t m0, m1, segment, tile, tiles;
@@ -36,8 +42,9 @@ class Run {
         term_tiles_(ceil_div(product.length(), kernels.terms)),
         pass_tiles_(most_tiles()),
         length_(std::clamp(term_tiles_ * kernels.terms, kernels.terms, kLength)),
-        base_parts_(base_parts(weights_)),
-        mix_parts_(static_cast<int>(tile_parts(weights_)) - base_parts_),
+        is_rounded_(is_rounded(weights_, product.is_exact)),
+        base_parts_(is_rounded_ ? 0 : base_parts(weights_)),
+        mix_parts_(static_cast<int>(tile_parts(weights_, product.is_exact)) - base_parts_),
         part_size_(kColumns * length_),
         rows_(halves(pass_tiles_ * tile_size() * term_tiles_)),
         right_(halves((base_parts_ + mix_parts_) * part_size_)),
@@ -115,7 +122,7 @@ class Run {
       int64_t in_tiles = -1;
       for (const Piece& piece : pieces) {
         Mix copies = product_.terms[piece.segment].mix;
-        copies.base = false;
+        copies.base = is_rounded_;
         const bool has_copies = copies.count > 0 || base_parts_ == 0;
         if (has_copies && in_tiles != piece.segment) pack(copies, mix_parts_, base + base_parts_ * part_size_);
         in_tiles = piece.segment;
@@ -136,6 +143,7 @@ class Run {
   const Product& product_;
   const Weights& weights_;
   const int64_t term_tiles_, pass_tiles_, length_;
+  const bool is_rounded_;
   const int base_parts_, mix_parts_;
   const int64_t part_size_;
   const Scratch rows_;
@@ -151,7 +159,9 @@ const TileProductKernels* tile_products_in_use() {
   return nullptr;
 }
 
-int64_t tile_parts(const Weights& weights) { return base_parts(weights) + (weights.base ? 1 : 2); }
+int64_t tile_parts(const Weights& weights, bool is_exact) {
+  return is_rounded(weights, is_exact) ? 1 : base_parts(weights) + (weights.base ? 1 : 2);
+}
 
 void run_tile_product(const TileProductKernels& kernels, const Product& product) { Run(kernels, product).run(); }
 

@@ -24,11 +24,11 @@ struct LeftTiles {
   int64_t out_step;          // from one tile of rows to the next
 };
 
-// Columns [j0, j1) and terms [i0, i1) of the base or of a mix of copies, each rounded to a bfloat16, or split into two
-// whose sum has 16 bits of it. Columns are outputs n and terms inputs d, or, where `transposed`, the other way round.
+// Columns [j0, j1) and terms [i0, i1) of the base, of a mix of copies or (bfloat16 base, other deltas than float16) of
+// their sum, each rounded to a bfloat16, or, but for the sum, split into two whose sum has 16 bits of it. Columns are outputs n and terms inputs d, or, where `transposed`, the other way round.
 struct RightTiles {
   Weights weights;
-  Mix mix;                   // of copies alone, or of the base alone
+  Mix mix;
   bool transposed;
   const int32_t* order;      // rows of a transposed base in the order of work; null: as they are
   int64_t j0, j1, i0, i1;

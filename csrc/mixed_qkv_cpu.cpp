@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> mixed_qkv_cpu_fwd(
   for (const Projection& p : projections) {
     sizes[sizes.size() - 2] = p.deltas.size(0) / head_dim;
     heads.push_back(empty_tensor(sizes, x.scalar_type()));
-    mixed_linear_cpu_fwd(normed, p.base, p.deltas, coefficients, map, p.bias, p.bias_deltas, batch_invariant,
+    mixed_linear_cpu_fwd(normed, p.base, p.deltas, coefficients, map, p.bias, p.bias_deltas, batch_invariant, true,
                          heads.back());
   }
   const Tensor cos_rows = as_contiguous(cos), sin_rows = as_contiguous(sin);

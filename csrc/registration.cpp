@@ -27,10 +27,10 @@ void cpu_set_isa(std::string name) { set_isa(name); }
 STABLE_TORCH_LIBRARY_FRAGMENT(clp, m) {
   m.def(
       "mixed_linear_cpu_fwd(Tensor x, Tensor? base, Tensor deltas, Tensor c, Tensor? row_map, "
-      "Tensor? bias, Tensor? bias_deltas, bool batch_invariant=False) -> Tensor");
+      "Tensor? bias, Tensor? bias_deltas, bool batch_invariant=False, bool exact_delta=True) -> Tensor");
   m.def(
       "mixed_linear_cpu_backward_x(Tensor dy, Tensor? base, Tensor deltas, Tensor c, Tensor row_map, "
-      "bool batch_invariant=False) -> Tensor");
+      "bool batch_invariant=False, bool exact_delta=True) -> Tensor");
   m.def(
       "mixed_linear_cpu_backward_deltas(Tensor dy, Tensor x, Tensor deltas, Tensor c, Tensor row_map, "
       "bool needs_deltas, bool needs_coefficients, Tensor(a!)? main_grad=None, bool batch_invariant=False) -> "

@@ -96,3 +96,15 @@ def largest_allocation(call: Callable[[], object]) -> int:
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
     return max((event.nbytes() for event in events if event.name() == "[memory]"), default=0)
+
+
+def premixed(x, base, deltas, coefficients, row_map, bias=None, bias_deltas=None):
+    """What rounds base and deltas as one weight: F.linear of the mix, weighting by weighting."""
+    y = x.new_zeros(len(x), len(deltas))
+    for s, c in enumerate(coefficients):
+        weight = torch.einsum("k,nkd->nd", c.to(deltas.dtype), deltas).float()
+        weight = (weight if base is None else weight + base.float()).to(x.dtype)
+        y = torch.where((row_map == s)[:, None], x @ weight.T, y)
+    if bias is not None:
+        y = y + bias + (coefficients[row_map.long()] @ bias_deltas.float().T).to(y.dtype)
+    return y

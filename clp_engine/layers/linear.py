@@ -104,6 +104,7 @@ class DeltaLinear(DeltaLayer):
             row_map=record.row_map(x.shape[:-1]),
             backend=record.backend,
             batch_invariant=record.batch_invariant,
+            exact_delta=record.exact_delta,
         )
         return y_mixed if fused else super().forward(x) + y_mixed
 

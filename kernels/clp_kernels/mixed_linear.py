@@ -49,8 +49,8 @@ def mixed_linear(
             the same bits for any number of threads; at some cost. The reference back-end refuses it.
         exact_delta: True keeps base and deltas apart: a delta of any size keeps its effect beside a 16-bit base. Where
             many bfloat16 rows share a weighting, a GPU and a processor with AMX round the mix of deltas by itself.
-            False lets a GPU round their sum as one 16-bit weight where many rows share a weighting, as a premixed
-            checkpoint does, for half the products: half the effect of deltas a thousandth of the base's size is lost.
+            False lets both round their sum as one 16-bit weight there, as a premixed checkpoint does, for half the
+            products: half the effect of deltas a thousandth of the base's size is lost.
 
     Returns:
         [..., N] in x's dtype, accumulated in float32. Gradients for every floating argument, in its dtype, reduced in
@@ -72,7 +72,7 @@ def mixed_linear(
     if runs_compiled(x, backend):
         run = compiled_with_autograd if needs_grad else compiled_op
         try:
-            return run(x, base, deltas, coefficients, row_map, bias, bias_deltas, batch_invariant)
+            return run(x, base, deltas, coefficients, row_map, bias, bias_deltas, batch_invariant, exact_delta)
         except RuntimeError:
             # The compiled operator checks what it is given. What it does not take goes the long way,
             # where the culprit gets its name and remedy, or the call another back-end.

@@ -98,37 +98,27 @@ class CompiledMixedLinear(torch.autograd.Function):
         bias: Tensor | None,
         bias_deltas: Tensor | None,
         batch_invariant: bool,
+        exact_delta: bool,
     ) -> Tensor:
         """Return y [..., N]."""
         ctx.save_for_backward(x, base, deltas, c, row_map, bias_deltas)
         # Not saved by save_for_backward: others add to it before this call's backward, which is no error.
-        ctx.call = (None if bias is None else bias.dtype, check_main_grad(deltas), batch_invariant)
-        return compiled_op(x, base, deltas, c, row_map, bias, bias_deltas, batch_invariant)
+        ctx.call = (None if bias is None else bias.dtype, check_main_grad(deltas), batch_invariant, exact_delta)
+        return compiled_op(x, base, deltas, c, row_map, bias, bias_deltas, batch_invariant, exact_delta)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of `forward`'s arguments."""
         x, base, deltas, c, row_map, bias_deltas = ctx.saved_tensors
-        bias_dtype, main_grad, batch_invariant = ctx.call
+        bias_dtype, main_grad, *how = ctx.call
         rows = flatten_rows(x, base, deltas, c, None, bias_deltas, row_map)
-        call = _Call(
-            rows.x_MD,
-            base,
-            deltas,
-            rows.c_SK,
-            rows.row_map_M,
-            bias_dtype,
-            bias_deltas,
-            main_grad,
-            "cpp",
-            batch_invariant,
-            True,
-        )
+        arguments = (rows.x_MD, base, deltas, rows.c_SK, rows.row_map_M, bias_dtype, bias_deltas)
+        call = _Call(*arguments, main_grad, "cpp", *how)
         dy_MN = dy.reshape(rows.x_MD.shape[0], deltas.shape[0]).contiguous()
         g = _gradients(call, ctx.needs_input_grad[:7], dy_MN)
         dx = None if g.x_MD is None else g.x_MD.view(x.shape)
         d_c = None if g.c_SK is None else g.c_SK.view(c.shape)
-        return dx, g.base_ND, g.deltas_NKD, d_c, None, g.bias_N, g.bias_deltas_NK, None
+        return dx, g.base_ND, g.deltas_NKD, d_c, None, g.bias_N, g.bias_deltas_NK, None, None
 
 
 # Function.apply without its Python for torch.func's transforms, which have no rule for custom operators: they raise.

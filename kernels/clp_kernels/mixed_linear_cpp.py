@@ -27,9 +27,10 @@ def forward(
 
     `batch_invariant`: a row's bits depend on nothing but the row, its weighting and the weights: neither on the other
     rows, nor on the number of threads.
+    `exact_delta`: False lets AMX round a bfloat16 base and its mix as one weight where many rows share a weighting.
     """
     return torch.ops.clp.mixed_linear_cpu_fwd(
-        x_MD, base_ND, deltas_NKD, c_SK, row_map_M, bias_N, bias_deltas_NK, batch_invariant
+        x_MD, base_ND, deltas_NKD, c_SK, row_map_M, bias_N, bias_deltas_NK, batch_invariant, exact_delta
     )
 
 
@@ -44,7 +45,9 @@ def backward_x(
     exact_delta: bool = True,
 ) -> Tensor:
     """Return dx_MD in dy's dtype: `dy @ base + sum_k c_k * (dy @ deltas[:, k])`."""
-    return torch.ops.clp.mixed_linear_cpu_backward_x(dy_MN, base_ND, deltas_NKD, c_SK, row_map_M, batch_invariant)
+    return torch.ops.clp.mixed_linear_cpu_backward_x(
+        dy_MN, base_ND, deltas_NKD, c_SK, row_map_M, batch_invariant, exact_delta
+    )
 
 
 def backward_deltas(

@@ -150,6 +150,7 @@ def _compiled_forward_fake(
     bias: Tensor | None,
     bias_deltas: Tensor | None,
     batch_invariant: bool = False,
+    exact_delta: bool = True,
 ) -> Tensor:
     # A tensor on "meta" among others on the CPU comes here too, and must not pass for a result.
     for tensor in (base, deltas, c, row_map, bias, bias_deltas):

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 import clp_engine as clp
 from clp_engine.conditioning import Conditioning
-from clp_engine.layers import conditioned_layers
+from clp_engine.layers import conditioned_layers, linear
 from clp_engine.rollout import encode_prompts, rollout
+from clp_kernels import mixed_linear
 
 W = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.2, 0.8]])
 PROMPTS = ["the cat", "read all file of the dog", "sum of value"]
@@ -170,6 +171,23 @@ def test_target_modules_follow_pefts_grammar(plain, targets, count):
 def test_no_match_lists_near_names(plain):
     with pytest.raises(ValueError, match=r"qproj.*near names.*q_proj"):
         condition(plain, target_modules=["qproj"])
+
+
+@pytest.mark.parametrize("exact_delta", [True, False])
+def test_linear_layers_are_told_whether_they_may_round(conditioned, batch, monkeypatch, exact_delta):
+    told = []
+
+    def spy(*arguments, **options):
+        told.append(options["exact_delta"])
+        return mixed_linear(*arguments, **options)
+
+    monkeypatch.setattr(linear, "mixed_linear", spy)
+    conditioned.set_kernel_backend("auto", exact_delta=exact_delta)
+    conditioned(**batch, reward_weights=W)
+    assert set(told) == {exact_delta}
+    conditioned.set_kernel_backend("auto")
+    conditioned(**batch, reward_weights=W)
+    assert told[-1] is True
 
 
 def test_unknown_and_missing_backends_raise(conditioned):

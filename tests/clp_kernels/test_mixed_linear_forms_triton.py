@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mixed_linear_support import premixed
 from triton_support import (
     BF16,
     DEVICE,
@@ -49,18 +50,6 @@ def problem(x, deltas, M, D, N, K, S, *, base=True, bias=True, interleaved=False
         found |= {"bias": torch.randn(N, generator=generator).to(x)}
         found |= {"bias_deltas": torch.randn(N, K, generator=generator).to(deltas)}
     return on_device({name: value for name, value in found.items() if value is not None or name == "base"})
-
-
-def premixed(x, base, deltas, coefficients, row_map, bias=None, bias_deltas=None):
-    """What rounds base and deltas as one weight: F.linear of the mix, weighting by weighting."""
-    y = x.new_zeros(len(x), len(deltas))
-    for s, c in enumerate(coefficients):
-        weight = torch.einsum("k,nkd->nd", c.to(deltas.dtype), deltas).float()
-        weight = (weight if base is None else weight + base.float()).to(x.dtype)
-        y = torch.where((row_map == s)[:, None], x @ weight.T, y)
-    if bias is not None:
-        y = y + bias + (coefficients[row_map.long()] @ bias_deltas.float().T).to(y.dtype)
-    return y
 
 
 @pytest.mark.parametrize(

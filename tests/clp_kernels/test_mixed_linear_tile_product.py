@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_linear_support import BF16, F32, F64, ISAS, needs_cpp, problem, sizes_of, values_and_gradients
+from mixed_linear_support import BF16, F16, F32, F64, ISAS, needs_cpp, premixed, problem, sizes_of, values_and_gradients
 from torch import Tensor
 
 from clp_kernels import extension, mixed_linear, mixed_linear_ref
@@ -17,6 +17,10 @@ pytestmark = [
     pytest.mark.skipif("amx_bf16" not in ISAS, reason="this processor multiplies no tiles of bfloat16 (AMX)"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
+
+
+# Deltas' dtype, whether they have a base, and whether both are rounded as one.
+ROUNDED = [(BF16, True, True), (F32, True, True), (F16, True, False), (BF16, False, False)]
 
 
 def results_of(isa: str, a: dict[str, Any], **options: Any) -> dict[str, Tensor]:
@@ -37,13 +41,15 @@ def errors(results: dict[str, Tensor], exact: dict[str, Tensor], sizes: dict[str
     return largest
 
 
-def assert_within_budget(a: dict[str, Any], with_proof: bool = True) -> None:
-    """At most twice torch's own error and one roundoff; `with_proof`: with other bits than without tiles."""
+def assert_within_budget(a: dict[str, Any], with_proof: bool = True, exact_delta: bool = True) -> None:
+    """At most twice torch's own error, which rounds as often, and one roundoff; `with_proof`: with other bits than
+    without tiles."""
     dy = torch.randn(len(a["x"]), len(a["deltas"]), generator=torch.Generator().manual_seed(5)).to(BF16)
     exact = values_and_gradients(mixed_linear_ref, a, F64, dy)
     sizes = values_and_gradients(mixed_linear_ref, sizes_of(a), F64, dy.double().abs())
-    torchs = errors(values_and_gradients(mixed_linear_ref, a, None, dy), exact, sizes)
-    ours = results_of("amx_bf16", a, dy=dy)
+    rounds_alike = mixed_linear_ref if exact_delta else premixed
+    torchs = errors(values_and_gradients(rounds_alike, a, None, dy), exact, sizes)
+    ours = results_of("amx_bf16", a, dy=dy, exact_delta=exact_delta)
     for name, error in errors(ours, exact, sizes).items():
         budget = 2 * torchs[name] + torch.finfo(ours[name].dtype).eps / 2
         assert error <= budget, f"{name}: {error:.3g} > 2 * {torchs[name]:.3g} + one roundoff"
@@ -60,6 +66,48 @@ def test_values_and_gradients(rows, deltas_dtype, with_base):
     """Over the ends of blocks (256 terms and columns) and of tiles (16 and 32)."""
     for M, D, N, K in ((1100, 300, 290, 2), (901, 33, 257, 3), (1030, 513, 31, 1), (701, 70, 42, 2)):
         assert_within_budget(problem(M, D, N, K, BF16, deltas_dtype, rows, with_base))
+
+
+@pytest.mark.parametrize(("deltas_dtype", "with_base", "is_rounded"), ROUNDED)
+@pytest.mark.parametrize("rows", ["one", "segments", "shuffled"])
+def test_base_and_mix_rounded_as_one(rows, deltas_dtype, with_base, is_rounded):
+    """exact_delta=False; other sums than the mix beside a bfloat16 base take two parts all the same."""
+    for M, D, N, K in ((1100, 300, 290, 2), (901, 33, 257, 3), (1030, 513, 31, 1), (701, 70, 42, 4)):
+        a = problem(M, D, N, K, BF16, deltas_dtype, rows, with_base)
+        assert_within_budget(a, exact_delta=False)
+        exact, rounded = (results_of("amx_bf16", a, exact_delta=e) for e in (True, False))
+        for name in exact:
+            assert torch.equal(exact[name], rounded[name]) != (is_rounded and name in ("y", "x")), name
+
+
+def test_a_rounded_mix_skips_copies_of_no_weight():
+    a = problem(1300, 64, 48, 3, BF16, BF16, "segments")
+    a["coefficients"][0], a["coefficients"][1:, 0] = 0.0, 0.0
+    assert_within_budget(a, exact_delta=False)
+    rows = a["row_map"] == 0
+    base = mixed_linear_ref(**{**a, "deltas": torch.zeros_like(a["deltas"])})[rows]
+    torch.testing.assert_close(results_of("amx_bf16", a, exact_delta=False)["y"][rows], base, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("deltas_dtype", [BF16, F32])
+def test_small_deltas_keep_their_effect(deltas_dtype):
+    """y(c) - y(0), projected on the exact effect, is 1; of deltas a thousandth of the base's size, rounded with it as
+    one weight, much is lost."""
+    a = problem(600, 256, 64, 2, BF16, deltas_dtype, "one")
+    a["bias"] = a["bias_deltas"] = None
+    a["base"] = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)).mul(0.04).to(BF16)
+    a["deltas"] = torch.randn(64, 2, 256, generator=torch.Generator().manual_seed(2)).mul(4e-5).to(deltas_dtype)
+    a["coefficients"] = torch.tensor([[0.5, 0.5]])
+    zero = {**a, "coefficients": torch.zeros(1, 2)}
+    wide = {name: t.double() if t is not None and t.is_floating_point() else t for name, t in a.items()}
+    exact = mixed_linear_ref(**wide) - mixed_linear_ref(**{**wide, "coefficients": torch.zeros(1, 2).double()})
+
+    def share(exact_delta: bool) -> float:
+        y, y_zero = (results_of("amx_bf16", inputs, exact_delta=exact_delta)["y"].double() for inputs in (a, zero))
+        return (((y - y_zero) * exact).sum() / exact.square().sum()).item()
+
+    assert share(True) == pytest.approx(1, abs=0.1)
+    assert not 0.8 < share(False) < 1.2
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 5])
