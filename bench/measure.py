@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import rooflines
 from bench.clock import capture, device_seconds, seconds_of
 from bench.correctness import Answers, check
-from bench.memory import measure_peak
+from bench.memory import kept_pages, measure_peak
 from bench.report import describe_case
 from bench.workload import CEILING, OURS, Contender, Workload, clear_gradients, run, synchronize
 
@@ -81,10 +81,11 @@ def measure(benchmark: Any, work: Workload, budget_s: float, with_compiled: bool
     calls = work.calls or len(work.sets) * (int(shortest_s / costs[CEILING] / len(work.sets)) + 1)
     buffer = _read_buffer(work)
     reads = calls // len(work.sets) if work.case.is_gpu and buffer is work.streams else 1  # of the whole rotation
-    plan = _plan(work, calls, buffer, reads, costs, budget_s)
-    order, ours_s = iter(range(plan.rounds)), plan.seconds.setdefault(OURS, [])
-    ours = plan.functions[OURS]
-    benchmark.pedantic(lambda: ours_s.append(ours()), setup=lambda: plan.run_others(next(order)), rounds=plan.rounds)
+    with kept_pages():
+        plan = _plan(work, calls, buffer, reads, costs, budget_s)
+        order, ours_s = iter(range(plan.rounds)), plan.seconds.setdefault(OURS, [])
+        ours, others = plan.functions[OURS], lambda: plan.run_others(next(order))
+        benchmark.pedantic(lambda: ours_s.append(ours()), setup=others, rounds=plan.rounds)
     figures = Figures(calls, plan.seconds, peaks, shares, reads * buffer.numel() * buffer.element_size())
     benchmark.extra_info.update(describe_case(work, figures, left_out))
     if wrong:
