@@ -132,6 +132,8 @@ def goals(case: Case) -> tuple[targets.Target, ...]:
     if case.gradients == "all" and case.S == 1:
         extra_bytes = (3 * case.K - 1) * stream_values * case.deltas_dtype.itemsize
         found.append(targets.plain_and_extra_bytes(extra_bytes))
+        if may_round(case, "cpu"):  # as `plain` does
+            found.append(targets.plain_and_extra_bytes(extra_bytes, of="rounded"))
     if case.gradients == "all" and case.dtype == "f32" and case.K == 2 and case.S < case.M:
         found.append(targets.at_most_times_plain(1.10 if case.S == 1 else 1.35))
     return tuple(found)

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 2**20
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's numbers
+_BLOCK = 2**16  # bytes from which on glibc is told to map a block by itself, and to unmap it when it is freed
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # glibc's numbers
 
 
 def measure_peak(call: Callable[[], dict[str, Tensor]], device: str) -> dict[str, float]:
@@ -27,12 +28,13 @@ def measure_peak(call: Callable[[], dict[str, Tensor]], device: str) -> dict[str
     gc.collect()
     if device == "cuda":
         return {"allocator": _measure_cuda(call)}
-    _trim_heap()
-    can_reset = _reset_high_water()
-    before = _resident_bytes("VmRSS")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
-    high_water, returned = _resident_bytes("VmHWM"), _num_bytes(result)
+    _return_blocks()
+    with _filled_heap():
+        can_reset = _reset_high_water()
+        before = _resident_bytes("VmRSS")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = call()
+        high_water, returned = _resident_bytes("VmHWM"), _num_bytes(result)
     peaks = {"allocator": (_peak_of_events(profiler) - returned) / MIB}
     return peaks | ({"resident": (high_water - before - returned) / MIB} if can_reset else {})
 
@@ -79,16 +81,41 @@ def kept_pages() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(_M_MMAP_MAX, 65536)
-        libc.mallopt(_M_TRIM_THRESHOLD, 128 * 1024)
-        _trim_heap()
+        _return_blocks()
 
 
-def _trim_heap() -> None:
-    """Return free heap pages to the system: reused ones would not count as new."""
+def _return_blocks() -> None:
+    """Return free heap pages to the system, where the C library is glibc, and from now on freed blocks at once.
+
+    Reused pages would not count as new; and by itself glibc keeps more of what is freed the larger blocks it has seen,
+    some MiB that a call no longer holds.
+    """
     libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
+    if not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(_M_MMAP_MAX, 1 << 16)
+    libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK)
+    libc.mallopt(_M_TRIM_THRESHOLD, _BLOCK)
+    libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def _filled_heap() -> Iterator[None]:
+    """Take all free room of glibc's heap that is as large as a block of its own, so that such blocks are mapped.
+
+    Freed, one in the heap stays resident unless nothing lies above it.
+    """
+    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    blocks: list[int] = []
+    if hasattr(libc, "mallopt"):
+        libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+        while not blocks or blocks[-1] < libc.sbrk(0):  # the last one is mapped
+            blocks.append(libc.malloc(_BLOCK))
+    try:
+        yield
+    finally:
+        for block in blocks:
+            libc.free(ctypes.c_void_p(block))
 
 
 def _reset_high_water() -> bool:
