@@ -101,9 +101,12 @@ struct GradTile {
   int64_t g_step;            // from one row to the next
   int64_t rows, columns, K;
   const float* c;            // [K]
-  float* out;                // null: not wanted
+  void* out;                 // null: not wanted
+  Dtype out_dtype;
+  int64_t first_out;         // of the corner, copy 0
   int64_t out_row, out_copy; // steps
-  bool add;
+  bool add;                  // float32 alone
+  bool past_caches;          // not added to, and not read soon
   const void* deltas;        // read for dots alone
   Dtype deltas_dtype;
   int64_t first_delta;       // of the corner, copy 0

@@ -191,15 +191,22 @@ static void pack(const float* rows, int64_t count, int64_t D, int64_t row_step, 
   }
 }
 
-CLP_INLINE void scale_row(const float* g, float c, int64_t size, bool add, float* out) {
+CLP_INLINE void add_row(const float* g, float c, int64_t size, float* out) {
   int64_t i = 0;
-  if (add) {
-    for (; i + kWidth <= size; i += kWidth) store(out + i, load(out + i) + load(g + i) * c);
-    for (; i < size; i++) out[i] += g[i] * c;
+  for (; i + kWidth <= size; i += kWidth) store(out + i, load(out + i) + load(g + i) * c);
+  for (; i < size; i++) out[i] += g[i] * c;
+}
+
+template <typename Out>
+CLP_INLINE void scale_row(const float* g, float c, int64_t size, bool past_caches, const Out* to) {
+  Out* out = (Out*)to;
+  int64_t i = 0;
+  if (past_caches && (uintptr_t)out % (kWidth * sizeof(Out)) == 0) {
+    for (; i + kWidth <= size; i += kWidth) stream(out + i, load(g + i) * c);
   } else {
     for (; i + kWidth <= size; i += kWidth) store(out + i, load(g + i) * c);
-    for (; i < size; i++) out[i] = g[i] * c;
   }
+  for (; i < size; i++) store_one(out + i, g[i] * c);
 }
 
 template <typename Delta>
@@ -219,8 +226,12 @@ static void grad(const GradTile& tile) {
   for (int64_t row = 0; row < tile.rows; row++) {
     const float* g = tile.g + row * tile.g_step;
     for (int64_t k = 0; k < tile.K; k++) {
-      if (tile.out) {
-        scale_row(g, tile.c[k], tile.columns, tile.add, tile.out + row * tile.out_row + k * tile.out_copy);
+      const int64_t to = tile.first_out + row * tile.out_row + k * tile.out_copy;
+      if (tile.out && tile.add) add_row(g, tile.c[k], tile.columns, (float*)tile.out + to);
+      if (tile.out && !tile.add) {
+        with_type(tile.out_dtype, tile.out, [&](const auto* out) {
+          scale_row(g, tile.c[k], tile.columns, tile.past_caches, out + to);
+        });
       }
       if (!tile.dots) continue;
       const int64_t at = tile.first_delta + row * tile.delta_row + k * tile.delta_copy;
@@ -228,4 +239,5 @@ static void grad(const GradTile& tile) {
                 [&](const auto* deltas) { tile.dots[k] += dot_row(deltas + at, g, tile.columns); });
     }
   }
+  if (tile.past_caches) end_streams();
 }

@@ -110,6 +110,35 @@ CLP_INLINE void store(Bf16* p, Vec v) {
   __builtin_memcpy(p, &half, sizeof(half));
 }
 
+// Past the caches, for what is not read soon: the line is not read first. `p` is a multiple of the size of what is
+// stored; other threads see it after end_streams().
+CLP_INLINE void stream(float* p, Vec v) {
+#if defined(CLP_F16C) && CLP_WIDTH == 16
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(CLP_F16C)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+
+CLP_INLINE void stream(Bf16* p, Vec v) {
+  const VecHalf half = __builtin_convertvector(round_to_bf16(v) >> 16, VecHalf);
+#if defined(CLP_F16C) && CLP_WIDTH == 16
+  _mm256_stream_si256((__m256i*)p, (__m256i)half);
+#elif defined(CLP_F16C)
+  _mm_stream_si128((__m128i*)p, (__m128i)half);
+#else
+  __builtin_memcpy(p, &half, sizeof(half));
+#endif
+}
+
+CLP_INLINE void end_streams() {
+#ifdef CLP_F16C
+  _mm_sfence();
+#endif
+}
+
 CLP_INLINE void store(Half* p, Vec v) {
 #ifdef CLP_F16C
   for (int i = 0; i < kWidth; i += 8) {
@@ -121,6 +150,8 @@ CLP_INLINE void store(Half* p, Vec v) {
   for (int i = 0; i < kWidth; i++) store_one(p + i, v[i]);
 #endif
 }
+
+CLP_INLINE void stream(Half* p, Vec v) { store(p, v); }
 
 // Calls `function` with the pointer in the dtype's type.
 template <typename Function>
