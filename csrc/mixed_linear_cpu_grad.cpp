@@ -19,9 +19,6 @@ namespace {
 // Rows of one staged product, and a tile's inputs and outputs: tile, sums and widened rows make up at most 3.5 MiB.
 constexpr int64_t kStagedRows = 256;
 constexpr int64_t kInputs = 512, kOutputs = 512, kSumFloats = 5 << 17;
-// Bytes of a gradient, at least, that is written past the caches: nothing reads it before all of it is there. bfloat16,
-// 512 rows, 2048 x 2048, two Xeon threads: K = 4 5.9 ms, through the caches 8.9.
-constexpr int64_t kPastCaches = 8 << 20;
 // Rows of a tile whose part of d_c is summed by itself: the order of that sum does not depend on the threads.
 constexpr int64_t kPartRows = 16;
 

@@ -75,6 +75,7 @@ struct SpreadJob {
   void* d_deltas;            // of the chunk, or null
   bool adds_deltas;          // d_deltas is float32 and added to; else it has the deltas' dtype and is written
   double* d_c;               // [tokens, num_segments, K] or null
+  bool past_caches;          // gradients that are not added to are not read soon
 };
 
 // Sums over a chunk of the gradient dy of the head's output.

@@ -69,6 +69,11 @@ class Gradients {
     return static_cast<char*>(gradient->mutable_data_ptr()) + (call_.job.first_token * width + at) * bytes;
   }
 
+  bool past_caches() const {
+    const Weights& w = call_.args.weights;
+    return w.N * w.D * (w.deltas_dtype == Dtype::f32 ? 4 : 2) >= kPastCaches;
+  }
+
   void run_spread(const SpreadJob& job) const {
     const LogprobKernels& kernels = logprob_kernels_in_use();
     parallel(job.tokens, job.columns * (1 + job.num_segments * job.weights.K),
@@ -96,7 +101,7 @@ class Gradients {
       weights.c = job.c;
       run_spread({products, call_.segments.data(), num_segments, job.tokens, width, d0, weights,
                   chunk_of(d_base_, job.D, 0), chunk_of(d_deltas_, job.K * job.D, 0), adds_deltas_,
-                  d_c_ ? d_c.data() : nullptr});
+                  d_c_ ? d_c.data() : nullptr, past_caches()});
     }
     for (int64_t i = 0; i < static_cast<int64_t>(d_c.size()); i++) {
       const int64_t segment = i / job.K % num_segments;
@@ -120,7 +125,7 @@ class Gradients {
     const Segment all{0, job.M, 0};
     weights.copies = k < 0 ? 0 : 1;
     void *d_base = k < 0 ? out : nullptr, *d_deltas = k < 0 ? nullptr : out;
-    run_spread({product.data, &all, 1, job.tokens, job.D, 0, weights, d_base, d_deltas, false, nullptr});
+    run_spread({product.data, &all, 1, job.tokens, job.D, 0, weights, d_base, d_deltas, false, nullptr, past_caches()});
   }
 
   LogprobCall& call_;

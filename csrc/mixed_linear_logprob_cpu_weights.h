@@ -54,6 +54,7 @@ static void finish(const FinishJob& job, int64_t row_begin, int64_t row_end) {
 template <typename Out>
 static void weigh_segments(const SpreadJob& job, const float* product, const float* c, Out* out, bool adds) {
   const int64_t step = job.tokens * job.columns;
+  const bool past_caches = job.past_caches && !adds && (uintptr_t)out % (kWidth * sizeof(Out)) == 0;
   int64_t i = 0;
   for (; i + kWidth <= job.columns; i += kWidth) {
     Vec sum = adds ? load(out + i) : splat(0.0f);
@@ -61,7 +62,7 @@ static void weigh_segments(const SpreadJob& job, const float* product, const flo
       const Vec value = load(product + g * step + i);
       sum += c ? c[job.segments[g].weighting * job.weights.K] * value : value;
     }
-    store(out + i, sum);
+    past_caches ? stream(out + i, sum) : store(out + i, sum);
   }
   for (; i < job.columns; i++) {
     float sum = adds ? load_one(out + i) : 0.0f;
@@ -107,4 +108,5 @@ static void spread(const SpreadJob& job, int64_t token_begin, int64_t token_end)
   with_types(job.weights.base_dtype, job.weights.deltas_dtype, [&](const auto* base, const auto* deltas) {
     for (int64_t v = token_begin; v < token_end; v++) spread_token(job, base, deltas, v);
   });
+  if (job.past_caches) end_streams();
 }
