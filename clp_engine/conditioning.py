@@ -59,28 +59,22 @@ class Conditioning:
 
         Equal rows are merged on the host, where the values lie there; on a GPU that would wait for the device.
         """
-        how = (backend, batch_invariant, exact_delta)
+        how = {"backend": backend, "batch_invariant": batch_invariant, "exact_delta": exact_delta}
         if c_BC.device.type != "cpu" or c_BC.requires_grad or torch.compiler.is_compiling():
             rows_B = torch.arange(c_BC.shape[0], dtype=torch.int32, device=c_BC.device)
-            return cls._of(c_BC, rows_B, num_copies, False, *how)
+            return cls._of(c_BC, rows_B, num_copies, **how)
         index: dict[tuple[float, ...], int] = {}
         rows = [index.setdefault(tuple(row), len(index)) for row in c_BC.tolist()]
         # Batch-invariant, a row of the reference is computed as it is beside others.
         is_reference = not batch_invariant and all(c == 0 for row in index for c in row)
         distinct = torch.tensor(list(index), dtype=c_BC.dtype).view(-1, c_BC.shape[1])
-        return cls._of(distinct, torch.tensor(rows, dtype=torch.int32), num_copies, is_reference, *how)
+        rows_B = torch.tensor(rows, dtype=torch.int32)
+        return cls._of(distinct, rows_B, num_copies, is_reference=is_reference, **how)
 
     @classmethod
-    def _of(
-        cls,
-        c_SC: torch.Tensor,
-        rows_B: torch.Tensor,
-        num_copies: int,
-        is_reference: bool,
-        *how: Any,
-    ) -> Conditioning:
+    def _of(cls, c_SC: torch.Tensor, rows_B: torch.Tensor, num_copies: int, **fields: Any) -> Conditioning:
         lambda_S1 = c_SC[:, num_copies:].contiguous() if c_SC.shape[1] > num_copies else None
-        return cls(c_SC[:, :num_copies].contiguous(), rows_B, *how, is_reference, lambda_S1)
+        return cls(c_SC[:, :num_copies].contiguous(), rows_B, lambda_S1=lambda_S1, **fields)
 
     def packed(self, sequence_1T: torch.Tensor, logits_to_keep: int | torch.Tensor = 0) -> Conditioning:
         """The record of a batch of one row that holds this record's sequences one after the other.
