@@ -133,7 +133,7 @@ def goals(case: Case) -> tuple[targets.Target, ...]:
         extra_bytes = (3 * case.K - 1) * stream_values * case.deltas_dtype.itemsize
         found.append(targets.plain_and_extra_bytes(extra_bytes))
         if may_round(case, "cpu"):  # as `plain` does
-            found.append(targets.plain_and_extra_bytes(extra_bytes, of="rounded"))
+            found.append(targets.plain_and_extra_bytes(extra_bytes, of=f"{OURS}-rounded"))
     if case.gradients == "all" and case.dtype == "f32" and case.K == 2 and case.S < case.M:
         found.append(targets.at_most_times_plain(1.10 if case.S == 1 else 1.35))
     return tuple(found)
@@ -221,7 +221,7 @@ def contenders(case: Case, device: str, tensors: Tensors) -> dict[str, Contender
     if case.is_gpu and case.S <= MAX_PREMIXED:
         calls["premix_in_turn"] = premix_in_turn(case)
     if may_round(case, device):
-        calls["rounded"] = ours("auto", exact_delta=False)
+        calls[f"{OURS}-rounded"] = ours("auto", exact_delta=False)
     if device == "cuda":  # on a CPU the reference is `concat`, and "auto" is the C++ kernel
         missing = available_backends()
         arguments = (tensors["x"], tensors.get("base"), tensors["deltas"], tensors["c"])
