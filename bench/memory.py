@@ -64,6 +64,11 @@ def _peak_of_events(profiler: profile) -> int:
     return peak
 
 
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    return libc if hasattr(libc, "mallopt") else None
+
+
 @contextlib.contextmanager
 def kept_pages() -> Iterator[None]:
     """Memory that is freed meanwhile stays with the process, where the C library is glibc.
@@ -72,8 +77,8 @@ def kept_pages() -> Iterator[None]:
     some virtual machines hand freed pages back to their host, and fetch one MiB of them in 2 to 3 ms, more than any
     kernel takes for it.
     """
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    if not hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if libc is None:
         yield
         return
     libc.mallopt(_M_MMAP_MAX, 0)
@@ -90,8 +95,8 @@ def _return_blocks() -> None:
     Reused pages would not count as new; and by itself glibc keeps more of what is freed the larger blocks it has seen,
     some MiB that a call no longer holds.
     """
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    if not hasattr(libc, "mallopt"):
+    libc = _glibc()
+    if libc is None:
         return
     libc.mallopt(_M_MMAP_MAX, 1 << 16)
     libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK)
@@ -105,9 +110,9 @@ def _filled_heap() -> Iterator[None]:
 
     Freed, one in the heap stays resident unless nothing lies above it.
     """
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
+    libc = _glibc()
     blocks: list[int] = []
-    if hasattr(libc, "mallopt"):
+    if libc is not None:
         libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
         while not blocks or blocks[-1] < libc.sbrk(0):  # the last one is mapped
             blocks.append(libc.malloc(_BLOCK))
@@ -115,7 +120,7 @@ def _filled_heap() -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            libc.free(ctypes.c_void_p(block))
+            libc.free(ctypes.c_void_p(block))  # type: ignore[union-attr]
 
 
 def _reset_high_water() -> bool:

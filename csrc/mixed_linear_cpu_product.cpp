@@ -8,13 +8,13 @@ namespace clp {
 namespace {
 
 // A block of the mix: columns of the output by terms of the sum. Panel, rows and results make up at most 3.5 MiB a
-// thread. Staged: where x's rows are widened, gathered or scaled first. 3 MiB in all for two threads: the C library may
-// keep the forward's panel beside the backward's.
+// thread. Staged: where x's rows are widened, gathered or scaled first. The panel of two threads makes up 3 MiB: the C
+// library may keep the forward's beside the backward's.
 //
 // Threads share a product by its columns, so several want more of them than one does. float32, 2048 x 2048, 512 rows,
 // two Xeon threads, the whole weight in one product 14.2 ms: 256 columns by 2048 terms 16.3, 512 by 2048 14.8, 512 by
-// 1024 15.4, 1024 by 1024 14.3 and by 768 the same; one thread, the whole 29.7, 256 by 2048 31.3, 1024 by 1024 30.8. Staged ones were not
-// measured.
+// 1024 15.4, 1024 by 1024 14.3 and by 768 the same; one thread, the whole 29.7, 256 by 2048 31.3, 1024 by 1024 30.8.
+// Staged ones were not measured.
 struct Block {
   int64_t columns, length;
 };

@@ -25,7 +25,8 @@ struct LeftTiles {
 };
 
 // Columns [j0, j1) and terms [i0, i1) of the base, of a mix of copies or (bfloat16 base, other deltas than float16) of
-// their sum, each rounded to a bfloat16, or, but for the sum, split into two whose sum has 16 bits of it. Columns are outputs n and terms inputs d, or, where `transposed`, the other way round.
+// their sum, each rounded to a bfloat16, or, but for the sum, split into two whose sum has 16 bits of it. Columns are
+// outputs n and terms inputs d, or, where `transposed`, the other way round.
 struct RightTiles {
   Weights weights;
   Mix mix;
