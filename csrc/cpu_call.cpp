@@ -38,12 +38,15 @@ int64_t rows_of(const Tensor& x) {
 Tensor row_map_of(const std::optional<Tensor>& row_map, int64_t M, const Tensor& c) {
   if (row_map) return row_map->is_contiguous() ? *row_map : torch::stable::contiguous(*row_map);
   const Tensor made = empty_tensor({M}, ScalarType::Int);
-  int32_t* out = static_cast<int32_t*>(made.mutable_data_ptr());
+  fill_row_map(c, M, static_cast<int32_t*>(made.mutable_data_ptr()));
+  return made;
+}
+
+void fill_row_map(const Tensor& c, int64_t M, int32_t* out) {
   // Not c.numel() / width: gates of no rank have no numbers.
   int64_t S = 1;
   for (int64_t i = 0; i + 1 < c.dim(); i++) S *= c.size(i);
   for (int64_t s = 0; s < S; s++) out = std::fill_n(out, M / S, static_cast<int32_t>(s));
-  return made;
 }
 
 Tensor empty_rows(const Tensor& x, int64_t N) {

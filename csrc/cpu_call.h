@@ -26,6 +26,9 @@ int64_t rows_of(const Tensor& x);
 // The row map, contiguous; without one, that of c's rows, each of which serves as many of the M rows in turn.
 Tensor row_map_of(const std::optional<Tensor>& row_map, int64_t M, const Tensor& c);
 
+// The same without one, into M places: a tensor costs a small call a quarter of a microsecond.
+void fill_row_map(const Tensor& c, int64_t M, int32_t* out);
+
 // A tensor like x [..., D] of N columns, contiguous, not initialised.
 Tensor empty_rows(const Tensor& x, int64_t N);
 

@@ -4,8 +4,8 @@
 //   many of each weighting, on tiles    the base and each mix, block by block       mixed_linear_cpu_tile_product.cpp
 //   few rows, or rows that all differ   every stream read once, one sum for each    mixed_linear_cpu_rows.cpp
 //   many rows of each weighting         panels of each mix into torch's product     mixed_linear_cpu_product.cpp
-//   fewer                               blocks of the mixes into an own product     mixed_linear_cpu_blocks.cpp
-//   batch_invariant                     each row by its mix, in own fixed blocks    rows, blocks
+//   fewer                               blocks of the mixes into an own product     mixed_linear_cpu_fused.cpp
+//   batch_invariant                     each row by its mix, in own fixed blocks    rows, fused
 //
 // The gradients of the deltas and coefficients are in mixed_linear_cpu_grad.cpp.
 #include <algorithm>
@@ -97,10 +97,10 @@ void Bias::mix(const float* c, int64_t K, int64_t n0, int64_t n1, float* out) co
 }
 
 void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
-                          const Tensor& row_map, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& row_map, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& bias_deltas, bool batch_invariant, bool exact_delta,
                           const Tensor& y) {
-  const MixedLinearArgs args(base, deltas, c, row_map);
+  const MixedLinearArgs args(base, deltas, c, row_map, rows_of(x));
   const int64_t M = args.M, N = args.weights.N, K = args.weights.K;
   if (M == 0 || N == 0) return;
   const Bias biases{to_floats(bias, "bias", N), to_floats(bias_deltas, "bias_deltas", N * K)};
@@ -129,7 +129,7 @@ void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, co
     run_rows(args, plan, mixes, batch_invariant, values, biases, y.mutable_data_ptr(), values.dtype);
   } else {
     Product product = product_of(args, plan, mixes, values, false, true);
-    if (segments_are_short(M, segments)) product.way = Way::blocks;
+    if (forward_is_fused(M, segments)) product.way = Way::fused;
     run_into(product, biases, y.mutable_data_ptr(), values.dtype);
   }
 }
@@ -152,7 +152,7 @@ Tensor mixed_linear_cpu_backward_x(const Tensor& dy, const std::optional<Tensor>
   const bool mixed = batch_invariant || tiles || !streams_are_cheaper(M, segments, num_streams, false);
   if (!mixed) plan.order.clear();
   Product product = product_of(args, plan, mixes, values, true, mixed);
-  if (batch_invariant || M < kTorchRows || (mixed && segments_are_short(M, segments))) product.way = Way::blocks;
+  if (batch_invariant || M < kTorchRows || (mixed && backward_x_is_fused(M, segments))) product.way = Way::fused;
   if (tiles) product.way = Way::tiles;
   product.is_exact = exact_delta;
   run_into(product, Bias(), dx.mutable_data_ptr(), values.dtype);

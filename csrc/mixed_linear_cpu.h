@@ -71,27 +71,52 @@ struct RowsJob {
   Dtype y_dtype;
 };
 
-// Packed panels of columns [j0, j1), terms [i0, i1) of each of several mixes, one after the other; columns are outputs
-// n and terms inputs d, or, where `transposed`, the other way round. Zero past j1.
-struct PanelsJob {
+// Weights [n0, n1) x [d0, d1) of several mixes, the weights read once for all: out[s * mix_step + (d - d0) / width *
+// panel_step + (n - n0) * row_step + (d - d0) % width].
+struct MixesJob {
   Weights weights;
   const Mix* const* mixes;
   int64_t num_mixes;
-  bool transposed;
-  int64_t j0, j1, i0, i1;
-  float* out;                // [num_mixes, num_panels, i1 - i0, panel_rows]
+  bool same_copies;          // all mixes list the same ones
+  int64_t n0, n1, d0, d1, width;
+  bool fills;                // zeros up to a panel's end
+  float* out;
+  int64_t mix_step, panel_step, row_step;
 };
 
-// out[i, j] = or += <row i of a, column j of b>, in blocks of a fixed size. One of a's steps is 1.
-struct OwnProduct {
-  const float* a;            // [rows, length]
-  int64_t rows, length, row_step, step;
-  const Panel* panels;       // of columns of b
-  int64_t num_panels, columns;
-  const float* b;            // packed, [num_panels, length, panel_rows]
+// Rows [first, first + rows) of a matrix in the order of work, each times its scale, side by side: columns [j0, j1) in
+// panels of `width`, a multiple of a vector, or in one of j1 - j0. Past j1 follows what the row holds there, or zeros.
+struct StageJob {
+  const void* data;
+  Dtype dtype;
+  const int32_t* order;      // null: as they are
+  int64_t first, rows, row_size, j0, j1, width;
+  const float* scales;       // [rows]; null: all one
+  float* out;                // [panels, rows, width]
+};
+
+// Lines of memory that are read soon, fetched during a product: `lines` from `offset` bytes behind each row on, a few
+// at a time.
+struct Fetch {
+  const char* const* rows;
+  int64_t num_rows, offset, lines, at_once;
+  int64_t row = 0, line = 0;  // the next one
+};
+
+// out[i, j] = or += sum_t a[i, t] b[t, j], whole panels of columns; `turned`: a[t, i], at most `group` rows and a panel
+// of columns, and out[k, i, j] = or += scales[k] of it.
+struct BlockProduct {
+  const float* a;            // first index a_step apart
+  int64_t a_step;
+  bool turned;
+  int64_t rows;
+  const float* b;            // packed panels [steps, panel_rows], panel_step apart
+  int64_t panel_step, steps, columns;
   bool add;
   float* out;
-  int64_t out_step;
+  int64_t out_step, out_copy;
+  const float* scales;
+  int64_t copies;
 };
 
 // One tile g [rows, columns] of a segment's weight gradient, its corner at (n0, d0):
@@ -116,7 +141,7 @@ struct GradTile {
 
 struct Kernels {
   int64_t panel_rows;
-  int64_t group;             // rows of weights (of a) of one work item of `rows` (`product`)
+  int64_t group;             // rows of a block of registers; of weights, one work item of `rows`
   int64_t max_dots;          // rows up to which `rows` takes dots
   bool dots_take_bf16;       // with streams of bf16 from rows of it; else from x_even_first
   // out[i] = scale * in[offset + i]
@@ -128,13 +153,15 @@ struct Kernels {
   // out[n - n0, d - d0] = the mix, rows `step` apart
   void (*mix)(const Weights& weights, const Mix& mix, int64_t n0, int64_t n1, int64_t d0, int64_t d1, float* out,
               int64_t step);
-  void (*mix_panels)(const PanelsJob& job);
-  // panel[d, i] = rows[i * row_step + d * step], zero from `count` on; one of the steps is 1
-  void (*pack)(const float* rows, int64_t count, int64_t D, int64_t row_step, int64_t step, float* panel);
+  // panel[d, i] = rows[i * row_step + d], zero from `count` on
+  void (*pack)(const float* rows, int64_t count, int64_t D, int64_t row_step, float* panel);
   // Outputs [group * group_begin, ..); `scratch` holds rows_scratch(job) floats.
   void (*rows)(const RowsJob& job, int64_t group_begin, int64_t group_end, float* scratch);
-  // Rows [group * group_begin, ..) of out; `scratch` holds group * num_panels * panel_rows floats.
-  void (*product)(const OwnProduct& job, int64_t group_begin, int64_t group_end, float* scratch);
+  void (*mix_blocks)(const MixesJob& job);
+  void (*stage)(const StageJob& job);
+  void (*block_product)(const BlockProduct& job, Fetch& fetch);
+  // out[j, i] = in[i, j]
+  void (*turn)(const float* in, int64_t in_step, int64_t rows, int64_t columns, float* out, int64_t out_step);
   void (*grad)(const GradTile& tile);
 };
 

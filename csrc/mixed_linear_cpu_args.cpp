@@ -62,8 +62,8 @@ float* main_grad_floats(const Tensor& main_grad, int64_t N, int64_t K, int64_t D
 }
 
 MixedLinearArgs::MixedLinearArgs(const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
-                                 const Tensor& row_map)
-    : deltas_(checked(deltas, "deltas")), c_(checked(c, "coefficients")), row_map_(checked(row_map, "row_map")) {
+                                 const std::optional<Tensor>& row_map, int64_t M)
+    : M(M), deltas_(checked(deltas, "deltas")), c_(checked(c, "coefficients")) {
   STD_TORCH_CHECK(deltas_.dim() == 3 && deltas_.size(1) > 0, "mixed_linear (cpp): deltas must be [N, K, D], K > 0");
   weights = {nullptr, deltas_.const_data_ptr(), Dtype::f32, dtype_of(deltas_, "deltas"), deltas_.size(0),
              deltas_.size(1), deltas_.size(2)};
@@ -77,11 +77,18 @@ MixedLinearArgs::MixedLinearArgs(const std::optional<Tensor>& base, const Tensor
   }
   STD_TORCH_CHECK(c_.scalar_type() == ScalarType::Float && c_.size(c_.dim() - 1) == weights.K,
                   "mixed_linear (cpp): coefficients must be float32 [..., ", weights.K, "]");
-  STD_TORCH_CHECK(row_map_.scalar_type() == ScalarType::Int, "mixed_linear (cpp): row_map must be int32");
-  M = row_map_.numel();
   S = c_.numel() / weights.K;
   this->c = static_cast<const float*>(c_.const_data_ptr());
-  this->row_map = static_cast<const int32_t*>(row_map_.const_data_ptr());
+  if (!row_map) {
+    made_map_.resize(M);
+    fill_row_map(c_, M, made_map_.data());
+    this->row_map = made_map_.data();
+    return;
+  }
+  row_map_ = checked(*row_map, "row_map");
+  STD_TORCH_CHECK(row_map_->scalar_type() == ScalarType::Int, "mixed_linear (cpp): row_map must be int32");
+  this->M = row_map_->numel();
+  this->row_map = static_cast<const int32_t*>(row_map_->const_data_ptr());
 }
 
 }  // namespace clp

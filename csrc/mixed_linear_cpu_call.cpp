@@ -21,8 +21,8 @@ Tensor mixed_linear_cpu_call(const Tensor& x, const std::optional<Tensor>& base,
                              const std::optional<Tensor>& bias_deltas, bool batch_invariant, bool exact_delta) {
   STD_TORCH_CHECK(fits(x, base, deltas, c, row_map, bias, bias_deltas), "mixed_linear (cpp): the arguments do not fit");
   const Tensor y = empty_rows(x, deltas.size(0));
-  mixed_linear_cpu_fwd(as_contiguous(x), base, deltas, as_contiguous(c), row_map_of(row_map, rows_of(x), c), bias,
-                       bias_deltas, batch_invariant, exact_delta, y);
+  mixed_linear_cpu_fwd(as_contiguous(x), base, deltas, as_contiguous(c), row_map, bias, bias_deltas, batch_invariant,
+                       exact_delta, y);
   return y;
 }
 

@@ -1,8 +1,10 @@
 // Gradients of mixed_linear's deltas and coefficients on the CPU.
 //
-// Long segments: one product G_s = dy_s^T x_s for each tile of the weight and each segment, then d_delta[:, k] += c[s, k]
-// G_s and d_c[s, k] += <delta[:, k], G_s> while the tile is in a cache: the multiply-adds of one weight gradient,
-// whatever K. By torch, or, bfloat16 rows on a processor that multiplies tiles, by mixed_linear_cpu_tile_gradient.cpp.
+// Long segments: one product G_s = dy_s^T x_s for each tile of the weight and each segment, then d_delta[:, k] +=
+// c[s, k] G_s and d_c[s, k] += <delta[:, k], G_s> while the tile is in a cache: the multiply-adds of one weight
+// gradient, whatever K. By torch; bfloat16 rows on a processor that multiplies tiles, by
+// mixed_linear_cpu_tile_gradient.cpp. Shorter ones, and batch_invariant: in own blocks,
+// mixed_linear_cpu_fused_gradient.cpp.
 // Short segments: d_delta[:, k] = (c_k dy)^T x of all rows, d_c from the streams' products.
 #include <torch/headeronly/util/Exception.h>
 
@@ -22,89 +24,37 @@ constexpr int64_t kInputs = 512, kOutputs = 512, kSumFloats = 5 << 17;
 // Rows of a tile whose part of d_c is summed by itself: the order of that sum does not depend on the threads.
 constexpr int64_t kPartRows = 16;
 
-// Where the deltas' gradient [N, K, D] goes: float32, which is added to where `add`; or, rounded, another dtype; or
-// nowhere.
-struct Target {
-  float* floats = nullptr;
-  bool add = false;
-  void* rounded = nullptr;
-};
-
-int64_t padded(int64_t columns) {
-  const int64_t width = kernels_in_use().panel_rows;
-  return ceil_div(columns, width) * width;
-}
-
-// Products of matrices, in all of torch's threads: by torch, or in own blocks of a fixed size, whose bits depend
-// neither on the number of rows nor on that of the threads.
-class Multiplier {
- public:
-  // `length`, `columns`: the most of a product's terms and columns, for own blocks.
-  Multiplier(bool own, int64_t length, int64_t columns);
-  // out = or += a b
-  void run(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const;
-
- private:
-  void run_own(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const;
-
-  const bool own_;
-  const Scratch packed_;
-  const ThreadScratch sums_;
-};
-
-Multiplier::Multiplier(bool own, int64_t length, int64_t columns)
-    : own_(own),
-      packed_(own ? length * padded(columns) : 0),
-      sums_(own ? kernels_in_use().group * padded(columns) : 0) {}
-
-void Multiplier::run(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const {
-  own_ ? run_own(out, a, b, add) : gemm(out, a, b, add);
-}
-
-void Multiplier::run_own(const Matrix& out, const Matrix& a, const Matrix& b, bool add) const {
-  const Kernels& kernels = kernels_in_use();
-  const int64_t width = kernels.panel_rows, length = b.rows, num_panels = ceil_div(b.columns, width);
-  std::vector<Panel> panels(num_panels);
-  for (int64_t p = 0; p < num_panels; p++) panels[p] = {p * width, std::min(width, b.columns - p * width), nullptr};
-  parallel(num_panels, width * length, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; p++) {
-      const float* first = b.data + panels[p].first * b.column_step;
-      kernels.pack(first, panels[p].rows, length, b.column_step, b.row_step, packed_.get() + p * width * length);
-    }
-  });
-  const OwnProduct job{a.data,    a.rows,        length, a.row_step, a.column_step, panels.data(), num_panels,
-                       b.columns, packed_.get(), add,    out.data,   out.row_step};
-  parallel(ceil_div(a.rows, kernels.group), kernels.group * length * b.columns,
-           [&](int64_t begin, int64_t end) { kernels.product(job, begin, end, sums_.get()); });
-}
-
+// By torch's product or tiles of bfloat16.
 class WeightGradient {
  public:
-  // by_copy: one product of all rows for each copy, instead of one for each segment.
-  WeightGradient(const MixedLinearArgs& args, const Plan& plan, const Array& dy, const Array& x, const Target& target,
-                 bool by_copy, bool own)
-      : args_(args),
-        plan_(plan),
-        w_(args.weights),
-        dy_(dy),
-        x_(x),
-        out_(target.floats),
-        add_(target.add),
-        rounded_(target.rounded),
-        by_copy_(by_copy),
-        dy_in_place_(dy.is_float() && plan.order.empty() && !by_copy),
-        x_in_place_(x.is_float() && plan.order.empty()),
-        in_blocks_(own || !dy_in_place_ || !x_in_place_),
-        sums_segments_(rounded_ && !by_copy && plan.segments.size() > 1),
-        past_caches_(plan.segments.size() == 1 && !add_ && bytes_of_gradient() >= kPastCaches),
+  explicit WeightGradient(const DeltasGradient& job)
+      : args_(job.args),
+        plan_(job.plan),
+        w_(job.args.weights),
+        dy_(job.dy),
+        x_(job.x),
+        out_(job.floats),
+        add_(job.add),
+        rounded_(job.rounded),
+        by_copy_(job.by_copy),
+        dy_in_place_(dy_.is_float() && plan_.order.empty() && !by_copy_),
+        x_in_place_(x_.is_float() && plan_.order.empty()),
+        in_blocks_(!dy_in_place_ || !x_in_place_),
+        sums_segments_(rounded_ && !by_copy_ && plan_.segments.size() > 1),
+        past_caches_(plan_.segments.size() == 1 && !add_ && job.bytes() >= kPastCaches),
         outputs_(outputs_of_tile()),
-        tiles_(is_bfloat16() && !own && !by_copy ? tile_products_in_use() : nullptr, plan, dy, x, w_, outputs_),
+        tiles_(tiles_for(job), plan_, dy_, x_, w_, outputs_),
         inputs_(tiles_ ? TileMultiplier::kInputs : kInputs),
-        multiplier_(own, kStagedRows, kInputs),
         tile_(outputs_ * inputs_),
         sums_(sums_segments_ ? outputs_ * inputs_ * w_.K : 0),
         staged_dy_(dy_in_place_ || tiles_ ? 0 : kStagedRows * outputs_),
         staged_x_(x_in_place_ || tiles_ ? 0 : kStagedRows * kInputs) {}
+
+  // The kernels that multiply tiles, where the rows are theirs; else null.
+  static const TileProductKernels* tiles_for(const DeltasGradient& job) {
+    const bool is_bfloat16 = job.dy.dtype == Dtype::bf16 && job.x.dtype == Dtype::bf16;
+    return is_bfloat16 && !job.by_copy ? tile_products_in_use() : nullptr;
+  }
 
   // d_c [S, K] is added to, or null.
   void run(double* d_c) {
@@ -119,10 +69,8 @@ class WeightGradient {
   }
 
  private:
-  int64_t bytes_of_gradient() const { return w_.N * w_.K * w_.D * (out_ ? 4 : 2); }
   int64_t width() const { return d1_ - d0_; }
   int64_t step() const { return tiles_ ? inputs_ : width(); }
-  bool is_bfloat16() const { return dy_.dtype == Dtype::bf16 && x_.dtype == Dtype::bf16; }
 
   // Whole tiles, where bfloat16 ones are multiplied.
   int64_t outputs_of_tile() const {
@@ -165,7 +113,7 @@ class WeightGradient {
                             : staged(dy_, m0, m1, w_.N, n0_, n1_, copy, staged_dy_.get());
       const Matrix x = x_in_place_ ? read_only(x_.floats() + m0 * w_.D + d0_, m1 - m0, width(), w_.D, 1)
                                    : staged(x_, m0, m1, w_.D, d0_, d1_, -1, staged_x_.get());
-      multiplier_.run({out, n1_ - n0_, width(), step, 1}, dy.transposed(), x, add);
+      gemm({out, n1_ - n0_, width(), step, 1}, dy.transposed(), x, add);
     }
   }
 
@@ -245,7 +193,6 @@ class WeightGradient {
   const int64_t outputs_;
   TileMultiplier tiles_;
   const int64_t inputs_;
-  const Multiplier multiplier_;
   const Scratch tile_, sums_;
   const Scratch staged_dy_, staged_x_;
   int64_t n0_ = 0, n1_ = 0, d0_ = 0, d1_ = 0;
@@ -253,7 +200,8 @@ class WeightGradient {
 
 // d_c[s, k] += <dy_m, x_m delta_k^T> over the rows of weighting s: the streams' products again. Tiles come from any
 // thread: each leaves its rows' sums in places of its own, which are added in order.
-void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Array& x, bool own, double* d_c) {
+void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Array& x, bool batch_invariant,
+                         double* d_c) {
   // No tile of a product begins but at a multiple of kTile; the sums make up at most 2 MiB.
   constexpr int64_t kTile = 32, kMostRows = 256, kSums = 1 << 18;
   const Plan as_they_are;
@@ -262,7 +210,7 @@ void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Arr
   const int64_t rows = std::clamp<int64_t>(kSums / std::max<int64_t>(tiles, 1), 1, std::min(kMostRows, args.M));
   std::vector<double> sums(rows * tiles);
   for (int32_t k = 0; k < K; k++) {
-    const Way way = own ? Way::blocks : Way::torch;
+    const Way way = batch_invariant ? Way::fused : Way::torch;
     Product product{args, as_they_are, x, false, way, {{}}, {{{false, 1, &k, &one}, -1}}, 1, nullptr, {}};
     for (int64_t m0 = 0; m0 < args.M; m0 += rows) {
       product.segments[0] = {m0, std::min(args.M, m0 + rows), 0};
@@ -305,21 +253,24 @@ std::tuple<Tensor, Tensor> mixed_linear_cpu_backward_deltas(const Tensor& dy, co
     if (returns_deltas) torch::stable::zero_(d_deltas);
     return {d_deltas, d_c};
   }
-  Target target;
-  if (needs_deltas && main_grad) target = {added_to, true, nullptr};
   if (returns_deltas) make_pages(d_deltas);
-  if (returns_deltas && w.deltas_dtype == Dtype::f32) target.floats = static_cast<float*>(d_deltas.mutable_data_ptr());
-  if (returns_deltas && w.deltas_dtype != Dtype::f32) target.rounded = d_deltas.mutable_data_ptr();
   Plan plan = plan_rows(args.row_map, M, S);
-  const Array dy_values = array_of(dy_rows, "dy"), x_values = array_of(x_rows, "x");
   const bool by_copy = copies_are_cheaper(M, static_cast<int64_t>(plan.segments.size()), w.K);
   if (by_copy) plan.order.clear();
   std::vector<double> sums(needs_coefficients ? S * w.K : 0, 0.0);
+  DeltasGradient job{args, plan, array_of(dy_rows, "dy"), array_of(x_rows, "x")};
+  job.by_copy = by_copy;
+  job.add = added_to && needs_deltas;
+  if (job.add) job.floats = added_to;
+  if (returns_deltas && w.deltas_dtype == Dtype::f32) job.floats = static_cast<float*>(d_deltas.mutable_data_ptr());
+  if (returns_deltas && w.deltas_dtype != Dtype::f32) job.rounded = d_deltas.mutable_data_ptr();
+  if (needs_coefficients && !by_copy) job.d_c = sums.data();
   if (needs_deltas || !by_copy) {
-    WeightGradient gradient(args, plan, dy_values, x_values, target, by_copy, batch_invariant);
-    gradient.run(needs_coefficients && !by_copy ? sums.data() : nullptr);
+    const bool is_short = !by_copy && gradient_is_fused(M, static_cast<int64_t>(plan.segments.size()));
+    const bool is_fused = batch_invariant || (is_short && !WeightGradient::tiles_for(job));
+    is_fused ? run_fused_gradient(job) : WeightGradient(job).run(job.d_c);
   }
-  if (needs_coefficients && by_copy) add_dots_of_streams(args, dy_values, x_values, batch_invariant, sums.data());
+  if (needs_coefficients && by_copy) add_dots_of_streams(args, job.dy, job.x, batch_invariant, sums.data());
   float* results = needs_coefficients ? static_cast<float*>(d_c.mutable_data_ptr()) : nullptr;
   for (size_t i = 0; i < sums.size(); i++) results[i] = static_cast<float>(sums[i]);
   return {d_deltas, d_c};

@@ -23,6 +23,8 @@ constexpr int64_t kColumns = 2 * kWidth;
 
 #include "mixed_linear_cpu_mix.h"
 
+#include "mixed_linear_cpu_fused_kernels.h"
+
 #include "mixed_linear_cpu_dots.h"
 
 #include "mixed_linear_cpu_panels.h"
@@ -42,7 +44,7 @@ extern const Kernels CLP_JOIN(kernels_, CLP_ISA);
 const Kernels CLP_JOIN(kernels_, CLP_ISA) = {
     CLP_ISA::kColumns, CLP_ISA::kRows,  CLP_ISA::kMaxDots,         CLP_DOTS_TAKE_BF16,
     CLP_ISA::widen,    CLP_ISA::narrow, CLP_ISA::even_terms_first, CLP_ISA::mix,
-    CLP_ISA::mix_panels, CLP_ISA::pack, CLP_ISA::rows,             CLP_ISA::product,
-    CLP_ISA::grad};
+    CLP_ISA::pack,     CLP_ISA::rows,   CLP_ISA::mix_blocks,       CLP_ISA::stage,
+    CLP_ISA::block_product, CLP_ISA::turn, CLP_ISA::grad};
 
 }  // namespace clp

@@ -110,7 +110,9 @@ constexpr int64_t kPastCaches = 8 << 20;
 // The checked weights, coefficients and row map of a call; keeps contiguous copies alive where they were needed.
 class MixedLinearArgs {
  public:
-  MixedLinearArgs(const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c, const Tensor& row_map);
+  // M: rows, where there is no row map.
+  MixedLinearArgs(const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
+                  const std::optional<Tensor>& row_map, int64_t M = 0);
 
   Weights weights;
   int64_t M, S;
@@ -120,8 +122,9 @@ class MixedLinearArgs {
   const float* coefficients(int64_t row) const { return c + row_map[row] * weights.K; }
 
  private:
-  std::optional<Tensor> base_;
-  Tensor deltas_, c_, row_map_;
+  std::optional<Tensor> base_, row_map_;
+  Tensor deltas_, c_;
+  std::vector<int32_t> made_map_;
 };
 
 // The bias terms of the forward; empty where there are none.
@@ -158,8 +161,8 @@ struct Tile {
   int64_t step;
 };
 
-// torch's product, own blocks, or tiles (bfloat16 rows, mixed).
-enum class Way { torch, blocks, tiles };
+// torch's product, the own one, or tiles (bfloat16 rows, mixed).
+enum class Way { torch, fused, tiles };
 
 // out[m, j] = sum over terms of <a_m, column j of the term>; a term is [N, D], transposed for the gradient of x. Each
 // segment of rows has terms of its own: segment g the terms from g * terms_each.
@@ -181,7 +184,24 @@ struct Product {
 };
 
 void run_product(const Product& product);
-void run_blocks(const Product& product);
+void run_fused(const Product& product);
+
+// The gradient of the deltas, [N, K, D], and of the coefficients.
+struct DeltasGradient {
+  const MixedLinearArgs& args;
+  const Plan& plan;
+  Array dy, x;               // [M, N], [M, D]
+  float* floats = nullptr;   // where the deltas' goes: float32, which is added to where `add`; or, rounded, the deltas'
+  bool add = false;          // dtype; or nowhere
+  void* rounded = nullptr;
+  bool by_copy = false;      // one product of all rows for each copy, instead of one for each segment; no d_c
+  double* d_c = nullptr;     // [S, K], added to; or null
+
+  int64_t bytes() const { return args.weights.N * args.weights.K * args.weights.D * (floats ? 4 : 2); }
+};
+
+// In own blocks, whose bits depend neither on the rest of the batch nor on the threads.
+void run_fused_gradient(const DeltasGradient& job);
 
 struct TileProductKernels;
 
@@ -196,7 +216,7 @@ void run_tile_product(const TileProductKernels& kernels, const Product& product)
 
 // Writes y, whose N columns follow x's rows. x, c and row_map are contiguous, and of any rank.
 void mixed_linear_cpu_fwd(const Tensor& x, const std::optional<Tensor>& base, const Tensor& deltas, const Tensor& c,
-                          const Tensor& row_map, const std::optional<Tensor>& bias,
+                          const std::optional<Tensor>& row_map, const std::optional<Tensor>& bias,
                           const std::optional<Tensor>& bias_deltas, bool batch_invariant, bool exact_delta,
                           const Tensor& y);
 

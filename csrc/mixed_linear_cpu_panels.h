@@ -94,39 +94,14 @@ struct RowGroup {
   }
 };
 
-template <typename Weight>
-CLP_INLINE RowGroup<Weight> group_of(const WeightRows<Weight>& weights, int64_t first, int64_t count) {
-  return {weights, first, count};
-}
-
-// Rows of a float32 matrix with any steps.
-struct StridedRows {
-  const float* first;
-  int64_t count, D, row_step, step;
-
-  CLP_INLINE_MEMBER void terms(int64_t j, int64_t d, int64_t steps, float* wide, const float*& fetch) const {
-    const float* from = first + j * row_step + d * step;
-    if (step != 1) {
-      for (int64_t t = 0; t < steps; t++) wide[t] = from[t * step];
-      return;
-    }
-    fetch = j + kRows < count ? from + kRows * row_step : from;
-    widen_row(from, steps, 1.0f, wide);
-  }
-};
-
-CLP_INLINE StridedRows group_of(const StridedRows& rows, int64_t first, int64_t) {
-  return {rows.first + first * rows.row_step, rows.count - first, rows.D, rows.row_step, rows.step};
-}
-
 // out[row * step + p * kColumns + i] = <row, x_i of panel p>, block after block of kChain terms; for `count` rows from
 // `row`. Added to what is there where `add`.
-template <typename Rows>
-static void group_products(const Rows& rows, int64_t row, int64_t count, const Panel* panels, int64_t num_panels,
-                           const float* x, float* out, int64_t step, bool add) {
+template <typename Weight>
+static void group_products(const WeightRows<Weight>& rows, int64_t row, int64_t count, const Panel* panels,
+                           int64_t num_panels, const float* x, float* out, int64_t step) {
   alignas(64) float wide[kRows * kChain];
   const int64_t D = rows.D;
-  const auto group = group_of(rows, row, count);
+  const RowGroup<Weight> group{rows, row, count};
   const Multiply two = multiply_for<kRows, 2>(count), one = multiply_for<kRows, 1>(count);
   for (int64_t d = 0; d < D || d == 0; d += kChain) {
     const int64_t steps = D - d < kChain ? D - d : kChain;
@@ -137,36 +112,17 @@ static void group_products(const Rows& rows, int64_t row, int64_t count, const P
     for (int64_t p = 0; p < num_panels; p++) {
       const auto multiply_panel = panels[p].rows > kWidth ? two : one;
       const bool fetch = p == 0 && block.next[0];
-      multiply_panel(block, fetch, x + (p * D + d) * kColumns, steps, out + p * kColumns, step, add || d > 0);
+      multiply_panel(block, fetch, x + (p * D + d) * kColumns, steps, out + p * kColumns, step, d > 0);
     }
   }
 }
 
 // The same for all rows, one group after the other.
-template <typename Rows>
-static void all_products(const Rows& rows, const Panel* panels, int64_t num_panels, const float* x, float* out,
-                         int64_t step) {
+template <typename Weight>
+static void all_products(const WeightRows<Weight>& rows, const Panel* panels, int64_t num_panels, const float* x,
+                         float* out, int64_t step) {
   for (int64_t row = 0; row < rows.count; row += kRows) {
     const int64_t count = rows.count - row < kRows ? rows.count - row : kRows;
-    group_products(rows, row, count, panels, num_panels, x, out + row * step, step, false);
-  }
-}
-
-static void product(const OwnProduct& job, int64_t group_begin, int64_t group_end, float* sums) {
-  const StridedRows rows{job.a, job.rows, job.length, job.row_step, job.step};
-  const int64_t step = job.num_panels * kColumns;
-  for (int64_t group = group_begin; group < group_end; group++) {
-    const int64_t row = group * kRows, count = rows.count - row < kRows ? rows.count - row : kRows;
-    if (job.columns == step) {
-      float* out = job.out + row * job.out_step;
-      group_products(rows, row, count, job.panels, job.num_panels, job.b, out, job.out_step, job.add);
-      continue;
-    }
-    group_products(rows, row, count, job.panels, job.num_panels, job.b, sums, step, false);
-    for (int64_t j = 0; j < count; j++) {
-      float* out = job.out + (row + j) * job.out_step;
-      const float* from = sums + j * step;
-      for (int64_t i = 0; i < job.columns; i++) out[i] = job.add ? out[i] + from[i] : from[i];
-    }
+    group_products(rows, row, count, panels, num_panels, x, out + row * step, step);
   }
 }

@@ -29,15 +29,25 @@ constexpr int64_t kTilePadding = 8;  // rows, on average, that a segment's last 
 // 17.2 for 8; K = 4 22.4 and 13.5, 18.1 and 14.0, 13.0 and 13.2).
 constexpr int64_t kUntiledRows = 4;
 
-// Rows of a segment. Measured in float32 with K = 2 on two Zen 3 cores, torch's product and own blocks, forward and
-// gradient of x in ms: N = D = 2048, 32 segments of 32 rows 253 139, 299 131; 8 of 128 119 95, 135 86; 2 of 512 68 75,
-// 79 77; N = D = 576, 4 of 320 8.2 7.5, 9.4 7.9.
-constexpr int64_t kShortRows = 400;
+// Rows of a segment from which torch's product is faster. GFLOP/s of torch's product and the own one, float32, K = 2,
+// N = D = 2048, two Xeon threads with AVX-512, best of alternating processes; torch's with one plain weight 375 to 400:
+//   segments x rows    forward     gradient of x    weight gradient
+//   32 x 32            193  237    193  195         149  230
+//   8 x 128            259  320    268  274         261  276
+//   4 x 256            276  341    268  304         305  293
+//   1 x 512            315  338    326  330         343  314
+//   1 x 1024           350  339    354  330
+// With AVX2 there 8 x 128: 160 186, 155 157, 123 to 155 134 to 143.
+constexpr int64_t kForwardRows = 768, kBackwardRows = 512, kGradientRows = 200;
 
 }  // namespace
 
 Plan plan_rows(const int32_t* row_map, int64_t M, int64_t S) {
   Plan plan;
+  if (M > 0 && S == 1 && std::all_of(row_map, row_map + M, [](int32_t s) { return s == 0; })) {
+    plan.segments.push_back({0, M, 0});
+    return plan;
+  }
   std::vector<int64_t> rows_of(S, 0);
   int64_t runs = 0, distinct = 0;
   for (int64_t m = 0; m < M; m++) {
@@ -70,7 +80,6 @@ Plan plan_rows(const int32_t* row_map, int64_t M, int64_t S) {
 }
 
 Mixes::Mixes(const Plan& plan, const float* c_SK, int64_t K, bool has_base) {
-  std::vector<bool> is_read(K, false);
   // Reserved at once: the lists point into these.
   copies_.reserve(plan.segments.size() * K);
   c_.reserve(plan.segments.size() * K);
@@ -81,11 +90,16 @@ Mixes::Mixes(const Plan& plan, const float* c_SK, int64_t K, bool has_base) {
       if (c == 0.0f) continue;
       copies_.push_back(static_cast<int32_t>(k));
       c_.push_back(c);
-      is_read[k] = true;
     }
     const int64_t count = static_cast<int64_t>(copies_.size() - begin);
     mixes_.push_back({has_base, count, copies_.data() + begin, c_.data() + begin});
   }
+  if (mixes_.size() == 1) {
+    any_ = mixes_[0];
+    return;
+  }
+  std::vector<bool> is_read(K, false);
+  for (const int32_t k : copies_) is_read[k] = true;
   for (int64_t k = 0; k < K; k++) {
     if (is_read[k]) any_copies_.push_back(static_cast<int32_t>(k));
   }
@@ -115,7 +129,11 @@ bool tile_mixes_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams
   return tiles < std::min(mixed, by_stream);
 }
 
-bool segments_are_short(int64_t M, int64_t num_segments) { return M < kShortRows * num_segments; }
+bool forward_is_fused(int64_t M, int64_t num_segments) { return M < kForwardRows * num_segments; }
+
+bool backward_x_is_fused(int64_t M, int64_t num_segments) { return M < kBackwardRows * num_segments; }
+
+bool gradient_is_fused(int64_t M, int64_t num_segments) { return M < kGradientRows * num_segments; }
 
 bool copies_are_cheaper(int64_t M, int64_t num_segments, int64_t K) {
   return M < (kSpreadRows + 2 * K) * num_segments;

@@ -47,9 +47,11 @@ bool tiles_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, int
 bool tile_mixes_are_cheaper(int64_t M, int64_t num_segments, int64_t num_streams, int64_t num_parts,
                             int64_t num_products);
 
-// Whether so few rows share a weighting that own blocks take less time than torch's product, which packs the mix of
-// each segment anew.
-bool segments_are_short(int64_t M, int64_t num_segments);
+// Whether so few rows share a weighting that the own product, which mixes as it goes, takes less time than torch's,
+// which packs the mix of each segment anew.
+bool forward_is_fused(int64_t M, int64_t num_segments);
+bool backward_x_is_fused(int64_t M, int64_t num_segments);
+bool gradient_is_fused(int64_t M, int64_t num_segments);
 
 // Whether one weight gradient for each copy is cheaper than one for each segment, spread over the copies.
 bool copies_are_cheaper(int64_t M, int64_t num_segments, int64_t K);

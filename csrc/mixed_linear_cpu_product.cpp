@@ -140,8 +140,8 @@ void run_product(const Product& product) {
   switch (product.way) {
     case Way::torch:
       return Run(product).run();
-    case Way::blocks:
-      return run_blocks(product);
+    case Way::fused:
+      return run_fused(product);
     case Way::tiles:
       return run_tile_product(*tile_products_in_use(), product);
   }

@@ -97,7 +97,7 @@ void run_rows(const MixedLinearArgs& args, const Plan& plan, const Mixes& mixes,
         for (int64_t p = begin; p < end; p++) {
           const Panel& panel = job.panels[p];
           const float* rows = gather(x, plan, panel.first, panel.rows, D, unpacked.get());
-          kernels.pack(rows, panel.rows, D, D, 1, packed.get() + p * width * D);
+          kernels.pack(rows, panel.rows, D, D, packed.get() + p * width * D);
         }
       });
     }

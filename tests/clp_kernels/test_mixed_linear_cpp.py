@@ -132,6 +132,36 @@ def test_several_blocks_of_the_mix(set_threads, num_threads, dtype, deltas_dtype
     check_against_torch(problem(M, D, N, 2, S, dtype, deltas_dtype), segments(M, S, shuffled), False)
 
 
+# The own product: more rows, inputs and outputs (1024 each) than its blocks have, more weightings than are mixed at
+# once (8), more copies than wait in registers (4); a last group of rows and panels that are not whole.
+@pytest.mark.parametrize(("dtype", "deltas_dtype"), [(F32, F32), (BF16, F32)])
+@pytest.mark.parametrize(("K", "batch_invariant"), [(2, False), (5, False), (2, True)])
+@pytest.mark.parametrize(("M", "N", "D", "S"), [(1250, 1100, 45, 9), (1250, 45, 1100, 9), (1200, 270, 530, 1)])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_several_blocks_of_the_own_product(isa, dtype, deltas_dtype, K, batch_invariant, M, N, D, S, shuffled):
+    check_against_torch(problem(M, D, N, K, S, dtype, deltas_dtype), segments(M, S, shuffled), batch_invariant)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_segments_that_list_different_copies(isa, shuffled, batch_invariant):
+    a = problem(480, 70, 77, 3, 6, F32, F32)
+    a["c"][torch.arange(6), torch.arange(6) % 3] = 0.0  # each weighting leaves one copy out
+    row_map = segments(480, 6, shuffled)
+    check_against_torch(a, row_map, batch_invariant)
+    wanted = y_and_dx_of(a, row_map, batch_invariant)
+    a["deltas"][:, 1] = torch.nan
+    without = a["c"][row_map.long(), 1] == 0.0
+    for clean, poisoned in zip(wanted, y_and_dx_of(a, row_map, batch_invariant), strict=True):
+        assert torch.equal(clean[without], poisoned[without])
+        assert poisoned[~without].isnan().all()
+
+
+def y_and_dx_of(a: dict[str, Tensor], row_map: Tensor, batch_invariant: bool) -> tuple[Tensor, Tensor]:
+    weights, how = (a["base"], a["deltas"], a["c"], row_map), {"batch_invariant": batch_invariant}
+    return forward(a["x"], *weights, None, None, **how), backward_x(a["dy"], *weights, **how)
+
+
 def check_against_torch(a: dict[str, Tensor], row_map: Tensor, batch_invariant: bool) -> None:
     """Compare y and every gradient with torch's, in float64 and, for the budget, in the inputs' dtypes."""
     how = {"batch_invariant": batch_invariant}
@@ -185,7 +215,7 @@ def most_allocated(call: Callable[[], object]) -> int:
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_scratch_memory_is_bounded(set_threads, num_threads, dtype, deltas_dtype, M, S, batch_invariant):
     set_threads(num_threads)
-    N, K, D = 1536, 4, 1024
+    N, K, D = 2600, 2, 1024
     a = problem(M, D, N, K, S, dtype, deltas_dtype)
     row_map, how = segments(M, S), {"batch_invariant": batch_invariant}
     weights = (a["base"], a["deltas"], a["c"], row_map)
