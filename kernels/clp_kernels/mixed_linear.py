@@ -70,9 +70,14 @@ def mixed_linear(
         or any(t is not None and t.requires_grad for t in (base, coefficients, bias, bias_deltas))
     )
     if runs_compiled(x, backend):
-        run = compiled_with_autograd if needs_grad else compiled_op
+        arguments = (x, base, deltas, coefficients, row_map, bias, bias_deltas)
         try:
-            return run(x, base, deltas, coefficients, row_map, bias, bias_deltas, batch_invariant, exact_delta)
+            if needs_grad:
+                return compiled_with_autograd(*arguments, batch_invariant, exact_delta)
+            # Two arguments less are 0.35 us less.
+            if exact_delta and not batch_invariant:
+                return compiled_op(*arguments)
+            return compiled_op(*arguments, batch_invariant, exact_delta)
         except RuntimeError:
             # The compiled operator checks what it is given. What it does not take goes the long way,
             # where the culprit gets its name and remedy, or the call another back-end.
@@ -80,9 +85,9 @@ def mixed_linear(
     rows = flatten_rows(x, base, deltas, coefficients, bias, bias_deltas, row_map)
     name = _resolve(backend, rows, base, deltas, batch_invariant)
     how = (name, batch_invariant, exact_delta)
-    arguments = (rows.x_MD, base, deltas, rows.c_SK, rows.row_map_M, bias, bias_deltas, *how)
+    inputs = (rows.x_MD, base, deltas, rows.c_SK, rows.row_map_M, bias, bias_deltas)
     # An op with an autograd key costs more, also where nothing needs a gradient.
-    y_MN = mixed_linear_op(*arguments, check_main_grad(deltas)) if needs_grad else mixed_linear_fwd_op(*arguments)
+    y_MN = mixed_linear_op(*inputs, *how, check_main_grad(deltas)) if needs_grad else mixed_linear_fwd_op(*inputs, *how)
     return y_MN.view(*x.shape[:-1], deltas.shape[0])
 
 

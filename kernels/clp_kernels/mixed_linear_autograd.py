@@ -104,6 +104,8 @@ class CompiledMixedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, base, deltas, c, row_map, bias_deltas)
         # Not saved by save_for_backward: others add to it before this call's backward, which is no error.
         ctx.call = (None if bias is None else bias.dtype, check_main_grad(deltas), batch_invariant, exact_delta)
+        if exact_delta and not batch_invariant:
+            return compiled_op(x, base, deltas, c, row_map, bias, bias_deltas)
         return compiled_op(x, base, deltas, c, row_map, bias, bias_deltas, batch_invariant, exact_delta)
 
     @staticmethod
