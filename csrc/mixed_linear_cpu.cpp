@@ -17,9 +17,9 @@ namespace clp {
 
 namespace {
 
-// Of 2500 random shapes up to 150 x 150, torch's product of few rows breaks the error budget on 4. Own blocks take
-// about its time up to here (K = 2, all weightings different, N = D = 2048, two Zen 3 cores: 25 ms for 64 rows, torch's
-// product 26 for 65).
+// Of 2500 random shapes up to 150 x 150, torch's product of few rows breaks the error budget on 4. Own blocks, of an
+// earlier kind, took about its time up to here (K = 2, all weightings different, N = D = 2048, two Zen 3 cores: 25 ms
+// for 64 rows, torch's product 26 for 65).
 constexpr int64_t kTorchRows = 65;
 
 // Products by tiles of bfloat16 that a stream takes.

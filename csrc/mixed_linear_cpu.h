@@ -103,8 +103,8 @@ struct Fetch {
   int64_t row = 0, line = 0;  // the next one
 };
 
-// out[i, j] = or += sum_t a[i, t] b[t, j], whole panels of columns; `turned`: a[t, i], at most `group` rows and a panel
-// of columns, and out[k, i, j] = or += scales[k] of it.
+// out[i, j] = or += sum_t a[i, t] b[t, j], whole panels of columns; `turned`: a[t, i], at most `group` rows and one
+// panel, and out[k, i, j] = or += scales[k] of it.
 struct BlockProduct {
   const float* a;            // first index a_step apart
   int64_t a_step;

@@ -58,7 +58,7 @@ class Fused {
     const int64_t turned = product_.transposed || product_.out ? 0 : width_ * most_units_ * unit_;
     const int64_t mixed_columns = product_.transposed ? std::min(kPanels * unit_, units_ * unit_) : group_;
     mix_floats_ = std::min<int64_t>(kMixFloats, mixed_columns * terms_ * std::min<int64_t>(kMixes, pieces_.size()));
-    const ThreadScratch rows(std::max(most_places_ * terms_, turned)), mixed(2 * mix_floats_), out(sums);
+    const ThreadScratch rows(std::max(most_places_ * terms_, turned)), mixed((product_.transposed ? 2 : 1) * mix_floats_), out(sums);
     const ThreadScratch widened(width_ * terms_);
     rows_ = &rows;
     mixed_ = &mixed;

@@ -17,6 +17,7 @@ constexpr int64_t kSums = 3 << 17;
 constexpr int64_t kDotSums = 1 << 18;
 
 constexpr float kOne = 1.0f;
+constexpr int64_t kLine = 64;
 
 // Rows [begin, end) in the order of work: of one segment, or of several of what is listed from `first` on.
 struct Piece {
@@ -40,7 +41,7 @@ class FusedGradient {
         tile_(group_ * width_),
         groups_(ceil_div(w_.N, group_)),
         order_(job.plan.order.empty() ? nullptr : job.plan.order.data()),
-        past_caches_(!job.add && job.bytes() >= kPastCaches),
+        past_caches_(!job.add && job.bytes() >= kPastCaches && width_ * (job.floats ? 4 : 2) >= kLine),
         is_one_sum_(!job.by_copy && job.plan.segments.size() == 1),
         sums_each_(is_one_sum_ ? 1 : w_.K),
         copies_(job.by_copy ? w_.K : 1),
@@ -64,11 +65,18 @@ class FusedGradient {
     product_ = &product;
     sums_ = &sums;
     if (job_.d_c) dots_.assign(units * dots_each_, 0.0);
+    // Several units at once, or each by itself: no unit is cut but where it always is.
+    const int64_t at_once = sum_groups_ >= unit_ ? sum_groups_ / unit_ * unit_ : sum_groups_;
+    const int64_t step = std::max(at_once, unit_);
     parallel(units, unit_ * group_ * w_.D * job_.args.M, [&](int64_t begin, int64_t end) {
       const int64_t last = std::min(groups_, end * unit_);
       for (int64_t d0 = 0; d0 < w_.D; d0 += inputs_) {
-        for (int64_t group = begin * unit_; group < last; group += sum_groups_) {
-          run_inputs(group, std::min(last, group + sum_groups_), d0, std::min(w_.D, d0 + inputs_));
+        const int64_t d1 = std::min(w_.D, d0 + inputs_);
+        for (int64_t first = begin * unit_; first < last; first += step) {
+          const int64_t end_of_step = std::min(last, first + step);
+          for (int64_t group = first; group < end_of_step; group += at_once) {
+            run_inputs(group, std::min(end_of_step, group + at_once), d0, d1);
+          }
         }
       }
     });
@@ -84,6 +92,7 @@ class FusedGradient {
     if (job_.by_copy) list_segment({0, job_.args.M, 0}, 0);
     for (size_t g = 0; !job_.by_copy && g < segments.size(); g++) list_segment(segments[g], static_cast<int64_t>(g));
     const int64_t size = job_.dy.is_float() ? 4 : 2;
+    dy_rows_.reserve(job_.args.M);
     for (int64_t m = 0; m < job_.args.M; m++) {
       dy_rows_.push_back(static_cast<const char*>(job_.dy.data) + job_.plan.row(m) * w_.N * size);
     }
@@ -142,8 +151,13 @@ class FusedGradient {
           const float* x = x_->get() + (p * rows + piece.begin - block.begin) * width_;
           const bool adds = !is_first || h > block.first || i > part.first;
           const float* c = is_one_sum_ || job_.by_copy ? &kOne : coefficients(piece.segment);
-          if (job_.d_c) add_dots(piece, group, dy_rows, x, d0 + p * width_, d1, fetch);
-          multiply(piece, group, dy_rows, x, {to, c, job_.by_copy ? 1 : sums_each_, adds}, fetch);
+          const Sums sums_of_copies{to, c, job_.by_copy ? 1 : sums_each_, adds};
+          if (job_.d_c) {
+            multiply(piece, group, dy_rows, x, {product_->get(), &kOne, 1, false}, fetch);
+            share_product(piece, group, d0 + p * width_, d1, sums_of_copies);
+          } else {
+            multiply(piece, group, dy_rows, x, sums_of_copies, fetch);
+          }
         }
         if (begin < end) {
           stage_dy(next, (turn + 1) % copies_, begin, end, dy(turn + 1) + (begin - block.begin) * padded_group_);
@@ -183,10 +197,8 @@ class FusedGradient {
     }
   }
 
-  // The dots of a piece's product with the deltas.
-  void add_dots(const Piece& piece, int64_t group, const float* dy_rows, const float* x, int64_t d0, int64_t d1,
-                Fetch& fetch) {
-    multiply(piece, group, dy_rows, x, {product_->get(), &kOne, 1, false}, fetch);
+  // The dots of a piece's product with the deltas, and what of it goes to the sums.
+  void share_product(const Piece& piece, int64_t group, int64_t d0, int64_t d1, const Sums& sums) {
     GradTile tile = tile_of(group, product_->get(), d0, d1);
     tile.dots = dots_.data() + group / unit_ * dots_each_ + piece.segment * w_.K;
     tile.deltas = w_.deltas;
@@ -195,7 +207,18 @@ class FusedGradient {
     tile.delta_row = w_.K * w_.D;
     tile.delta_copy = w_.D;
     kernels_.grad(tile);
+    if (!has_target()) return;
+    tile.dots = nullptr;
+    tile.K = sums.copies;
+    tile.c = sums.scales;
+    tile.out = sums.out;
+    tile.out_row = width_;
+    tile.out_copy = tile_;
+    tile.add = sums.add;
+    kernels_.grad(tile);
   }
+
+  bool has_target() const { return job_.floats || job_.rounded; }
 
   GradTile tile_of(int64_t group, const float* product, int64_t d0, int64_t d1) const {
     const int64_t outputs = std::min(group_, w_.N - group * group_);
@@ -204,7 +227,7 @@ class FusedGradient {
 
   // The finished sums of a group of outputs.
   void write(int64_t group, int64_t d0, int64_t d1, const float* sums) const {
-    if (!job_.floats && !job_.rounded) return;
+    if (!has_target()) return;
     for (int64_t d = d0; d < d1; d += width_, sums += sums_each_ * tile_) {
       for (int64_t k = 0; k < sums_each_; k++) {
         GradTile tile = tile_of(group, sums + k * tile_, d, d1);

@@ -1,6 +1,5 @@
 // The parts of products that mix their weights as they go: blocks of several mixes, rows side by side, and tiles of
-// kRows by kColumns sums in registers. A sum's order of terms depends on its length alone: its bits are the same in any
-// batch and for any number of threads.
+// kRows by kColumns sums in registers.
 //
 // Included once per instruction set, inside that set's namespace, after mixed_linear_cpu_mix.h.
 
@@ -226,9 +225,7 @@ static void multiply_panels(const BlockProduct& job, Fetch& fetch) {
 
 static void block_product(const BlockProduct& job, Fetch& fetch) {
   if (!job.turned) return multiply_panels(job, fetch);
-  const bool is_wide = job.columns > kWidth;
-  const MultiplyTile run = is_wide ? tile_for<kRows, 2, true>(job.rows) : tile_for<kRows, 1, true>(job.rows);
-  run(job, job.a, job.b, job.out, fetch);
+  tile_for<kRows, 2, true>(job.rows)(job, job.a, job.b, job.out, fetch);
 }
 
 // out[j, i] = in[i, j]

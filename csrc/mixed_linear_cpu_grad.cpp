@@ -202,15 +202,16 @@ class WeightGradient {
 // thread: each leaves its rows' sums in places of its own, which are added in order.
 void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Array& x, bool batch_invariant,
                          double* d_c) {
-  // No tile of a product begins but at a multiple of kTile; the sums make up at most 2 MiB.
-  constexpr int64_t kTile = 32, kMostRows = 256, kSums = 1 << 18;
+  constexpr int64_t kMostRows = 256, kSums = 1 << 18;  // at most 2 MiB
   const Plan as_they_are;
   const float one = 1.0f;
-  const int64_t K = args.weights.K, N = args.weights.N, tiles = ceil_div(N, kTile);
+  const Way way = batch_invariant ? Way::fused : Way::torch;
+  // Tiles begin at a multiple of this many outputs, and each so many are summed by themselves.
+  const int64_t step = way == Way::fused ? kernels_in_use().group : 32;
+  const int64_t K = args.weights.K, N = args.weights.N, tiles = ceil_div(N, step);
   const int64_t rows = std::clamp<int64_t>(kSums / std::max<int64_t>(tiles, 1), 1, std::min(kMostRows, args.M));
   std::vector<double> sums(rows * tiles);
   for (int32_t k = 0; k < K; k++) {
-    const Way way = batch_invariant ? Way::fused : Way::torch;
     Product product{args, as_they_are, x, false, way, {{}}, {{{false, 1, &k, &one}, -1}}, 1, nullptr, {}};
     for (int64_t m0 = 0; m0 < args.M; m0 += rows) {
       product.segments[0] = {m0, std::min(args.M, m0 + rows), 0};
@@ -220,9 +221,13 @@ void add_dots_of_streams(const MixedLinearArgs& args, const Array& dy, const Arr
         for (int64_t m = tile.m0; m < tile.m1; m++) {
           kernels_in_use().widen(dy.data, dy.dtype, m * N + tile.j0, tile.j1 - tile.j0, 1.0f, dy_row.data());
           const float* z = tile.data + (m - tile.m0) * tile.step;
-          double sum = 0.0;
-          for (int64_t j = 0; j < tile.j1 - tile.j0; j++) sum += static_cast<double>(dy_row[j]) * z[j];
-          sums[(m - m0) * tiles + tile.j0 / kTile] = sum;
+          for (int64_t first = 0; first < tile.j1 - tile.j0; first += step) {
+            double sum = 0.0;
+            for (int64_t j = first; j < std::min(first + step, tile.j1 - tile.j0); j++) {
+              sum += static_cast<double>(dy_row[j]) * z[j];
+            }
+            sums[(m - m0) * tiles + (tile.j0 + first) / step] = sum;
+          }
         }
       };
       run_product(product);

@@ -1,4 +1,4 @@
-// Passes over tiles that lie in a cache: conversions, panels of the mix, panels of x, the gradient from one product.
+// Passes over tiles that lie in a cache: conversions, rows of the mix, panels of x, the gradient from one product.
 //
 // Included once per instruction set, inside that set's namespace, after mixed_linear_cpu_vector.h.
 

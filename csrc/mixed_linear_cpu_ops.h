@@ -200,7 +200,7 @@ struct DeltasGradient {
   int64_t bytes() const { return args.weights.N * args.weights.K * args.weights.D * (floats ? 4 : 2); }
 };
 
-// In own blocks, whose bits depend neither on the rest of the batch nor on the threads.
+// In own blocks, whose bits do not depend on the threads.
 void run_fused_gradient(const DeltasGradient& job);
 
 struct TileProductKernels;

@@ -157,6 +157,20 @@ def test_segments_that_list_different_copies(isa, shuffled, batch_invariant):
         assert poisoned[~without].isnan().all()
 
 
+# One weighting a row: the gradient of coefficients is summed from each stream's outputs, cut among threads.
+@pytest.mark.parametrize("N", [45, 1100])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_coefficients_of_rows_that_all_differ(isa, set_threads, N, batch_invariant):
+    a = problem(200, 512, N, 2, 200, F32, F32)
+    row_map, results = segments(200, 200), []
+    for num_threads in (1, 2):
+        set_threads(num_threads)
+        check_against_torch(a, row_map, batch_invariant)
+        gradient_of = (a["dy"], a["x"], a["deltas"], a["c"], row_map, False, True)
+        results.append(backward_deltas(*gradient_of, batch_invariant=batch_invariant)[1])
+    assert torch.equal(*results) or not batch_invariant
+
+
 def y_and_dx_of(a: dict[str, Tensor], row_map: Tensor, batch_invariant: bool) -> tuple[Tensor, Tensor]:
     weights, how = (a["base"], a["deltas"], a["c"], row_map), {"batch_invariant": batch_invariant}
     return forward(a["x"], *weights, None, None, **how), backward_x(a["dy"], *weights, **how)
