@@ -14,7 +14,6 @@ namespace {
 // block. Mixes that are made together, and the floats that their panels take in the gradient of x, at most kPanels of
 // each; twice, for those of the next pass.
 constexpr int64_t kBlockRows = 512, kBlockColumns = 1024, kTerms = 256, kMixes = 8, kMixFloats = 1 << 17, kPanels = 8;
-constexpr int64_t kLine = 64;
 
 // The length of equal blocks of a multiple of `unit`, none above `most`.
 int64_t even_blocks(int64_t size, int64_t most, int64_t unit) {
@@ -58,8 +57,8 @@ class Fused {
     const int64_t turned = product_.transposed || product_.out ? 0 : width_ * most_units_ * unit_;
     const int64_t mixed_columns = product_.transposed ? std::min(kPanels * unit_, units_ * unit_) : group_;
     mix_floats_ = std::min<int64_t>(kMixFloats, mixed_columns * terms_ * std::min<int64_t>(kMixes, pieces_.size()));
-    const ThreadScratch rows(std::max(most_places_ * terms_, turned)), mixed((product_.transposed ? 2 : 1) * mix_floats_), out(sums);
-    const ThreadScratch widened(width_ * terms_);
+    const ThreadScratch rows(std::max(most_places_ * terms_, turned)), out(sums), widened(width_ * terms_);
+    const ThreadScratch mixed((product_.transposed ? 2 : 1) * mix_floats_);
     rows_ = &rows;
     mixed_ = &mixed;
     out_ = &out;

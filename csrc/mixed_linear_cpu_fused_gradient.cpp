@@ -17,13 +17,13 @@ constexpr int64_t kSums = 3 << 17;
 constexpr int64_t kDotSums = 1 << 18;
 
 constexpr float kOne = 1.0f;
-constexpr int64_t kLine = 64;
 
-// Rows [begin, end) in the order of work: of one segment, or of several of what is listed from `first` on.
+// Rows [begin, end) in the order of work, of one segment.
 struct Piece {
   int64_t begin, end, segment;
 };
 
+// Rows of the pieces (parts) [first, last).
 struct Range {
   int64_t begin, end;
   size_t first, last;

@@ -107,6 +107,8 @@ const Kernels& kernels_in_use();
 // K = 2 19.7 (22.8), K = 4 20.1 (28.2).
 constexpr int64_t kPastCaches = 8 << 20;
 
+constexpr int64_t kLine = 64;  // bytes of a cache's line
+
 // The checked weights, coefficients and row map of a call; keeps contiguous copies alive where they were needed.
 class MixedLinearArgs {
  public:

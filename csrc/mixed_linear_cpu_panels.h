@@ -47,14 +47,7 @@ static __attribute__((noinline)) void multiply(const BlockRows& rows, bool fetch
       }
     }
   }
-#pragma GCC unroll 16
-  for (int j = 0; j < R; j++) {
-#pragma GCC unroll 2
-    for (int v = 0; v < V; v++) {
-      float* to = out + j * out_step + v * kWidth;
-      store(to, add ? load(to) + sum[j][v] : sum[j][v]);
-    }
-  }
+  put_sums(sum, out, out_step, add);
 }
 
 typedef void (*Multiply)(const BlockRows&, bool, const float*, int64_t, float*, int64_t, bool);
