@@ -100,21 +100,23 @@ struct StageJob {
 struct Fetch {
   const char* const* rows;
   int64_t num_rows, offset, lines, at_once;
+  bool near = false;          // into the first-level cache
   int64_t row = 0, line = 0;  // the next one
 };
 
-// out[i, j] = or += sum_t a[i, t] b[t, j], whole panels of columns; `turned`: a[t, i], at most `group` rows and one
-// panel, and out[k, i, j] = or += scales[k] of it.
+// out[i, j] = or += sum_t a[i, t] b[t, j], whole panels of columns. Terms of `a` lie side by side, panel_rows at a time.
+// `turned`: a[t, i] with terms a_step apart. With scales, as where turned, at most `group` rows and one panel, and
+// out[k, i, j] = or += scales[k] of it.
 struct BlockProduct {
   const float* a;            // first index a_step apart
-  int64_t a_step;
+  int64_t a_step, a_panel;   // from one panel_rows of terms to the next
   bool turned;
   int64_t rows;
   const float* b;            // packed panels [steps, panel_rows], panel_step apart
   int64_t panel_step, steps, columns;
   bool add;
   float* out;
-  int64_t out_step, out_copy;
+  int64_t out_step, out_panel, out_copy;
   const float* scales;
   int64_t copies;
 };
@@ -131,7 +133,7 @@ struct GradTile {
   int64_t first_out;         // of the corner, copy 0
   int64_t out_row, out_copy; // steps
   bool add;                  // float32 alone
-  bool past_caches;          // not added to, and not read soon
+  bool past_caches;          // not added to, and not read soon; others see it after end_streams
   const void* deltas;        // read for dots alone
   Dtype deltas_dtype;
   int64_t first_delta;       // of the corner, copy 0
@@ -163,6 +165,7 @@ struct Kernels {
   // out[j, i] = in[i, j]
   void (*turn)(const float* in, int64_t in_step, int64_t rows, int64_t columns, float* out, int64_t out_step);
   void (*grad)(const GradTile& tile);
+  void (*end_streams)();     // of the calling thread: once for many tiles, whose writes would wait for it
 };
 
 // Floats that one thread of `rows` needs: sums of a group's streams, and its mixed weights.

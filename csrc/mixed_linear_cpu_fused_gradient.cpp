@@ -2,7 +2,7 @@
 // thread has outputs of its own, and packs the rows for itself.
 #include <algorithm>
 
-#include "mixed_linear_cpu_ops.h"
+#include "mixed_linear_cpu_blocks.h"
 
 namespace clp {
 
@@ -79,6 +79,7 @@ class FusedGradient {
           }
         }
       }
+      if (past_caches_) kernels_.end_streams();
     });
     for (size_t i = 0; i < dots_.size(); i++) {
       const int64_t at = static_cast<int64_t>(i) % dots_each_;
@@ -175,7 +176,7 @@ class FusedGradient {
   Fetch lines_of_dy(int64_t group, int64_t begin, int64_t end, int64_t times) const {
     const int64_t last = std::min(w_.N, (group + 1) * group_) - 1;
     return {dy_rows_.data() + begin, end - begin, last * (job_.dy.is_float() ? 4 : 2), 1,
-            ceil_div(end - begin, std::max<int64_t>(times, 1))};
+            ceil_div(end - begin, std::max<int64_t>(times, 1)), true};
   }
 
   struct Sums {
@@ -190,8 +191,8 @@ class FusedGradient {
                 Fetch& fetch) const {
     const int64_t outputs = std::min(group_, w_.N - group * group_), rows = piece.end - piece.begin;
     for (int64_t m = 0; m < rows; m += kTerms, sums.add = true) {
-      kernels_.block_product({dy_rows + m * padded_group_, padded_group_, true, outputs, x + m * width_, 0,
-                              std::min(kTerms, rows - m), width_, sums.add, sums.out, width_, tile_, sums.scales,
+      kernels_.block_product({dy_rows + m * padded_group_, padded_group_, 0, true, outputs, x + m * width_, 0,
+                              std::min(kTerms, rows - m), width_, sums.add, sums.out, width_, 0, tile_, sums.scales,
                               sums.copies},
                              fetch);
     }
@@ -228,19 +229,21 @@ class FusedGradient {
   // The finished sums of a group of outputs.
   void write(int64_t group, int64_t d0, int64_t d1, const float* sums) const {
     if (!has_target()) return;
-    for (int64_t d = d0; d < d1; d += width_, sums += sums_each_ * tile_) {
+    const int64_t outputs = std::min(group_, w_.N - group * group_);
+    GradTile tile{};
+    tile.g_step = sums_each_ * tile_;
+    tile.K = is_one_sum_ ? w_.K : 1;
+    tile.c = is_one_sum_ ? coefficients(0) : &kOne;
+    tile.out = job_.floats ? job_.floats : job_.rounded;
+    tile.out_dtype = job_.floats ? Dtype::f32 : w_.deltas_dtype;
+    tile.out_copy = w_.D;
+    tile.add = job_.floats && job_.add;
+    tile.past_caches = past_caches_;
+    for (int64_t j = 0; j < outputs; j++) {
       for (int64_t k = 0; k < sums_each_; k++) {
-        GradTile tile = tile_of(group, sums + k * tile_, d, d1);
-        tile.K = is_one_sum_ ? w_.K : 1;
-        tile.c = is_one_sum_ ? coefficients(0) : &kOne;
-        tile.out = job_.floats ? job_.floats : job_.rounded;
-        tile.out_dtype = job_.floats ? Dtype::f32 : w_.deltas_dtype;
-        tile.first_out = (group * group_ * w_.K + k) * w_.D + d;
-        tile.out_row = w_.K * w_.D;
-        tile.out_copy = w_.D;
-        tile.add = job_.floats && job_.add;
-        tile.past_caches = past_caches_;
-        kernels_.grad(tile);
+        tile.g = sums + k * tile_ + j * width_;
+        tile.first_out = ((group * group_ + j) * w_.K + k) * w_.D + d0;
+        write_row(kernels_, tile, d1 - d0);
       }
     }
   }

@@ -112,11 +112,10 @@ static void stage(const StageJob& job) {
   with_type(job.dtype, job.data, [&](const auto* values) { stage_rows(job, values); });
 }
 
-// `near`: into the first-level cache.
-template <bool near>
 CLP_INLINE void fetch_some(Fetch& fetch) {
   for (int64_t i = 0; i < fetch.at_once && fetch.row < fetch.num_rows; i++) {
-    __builtin_prefetch(fetch.rows[fetch.row] + fetch.offset + 64 * fetch.line, 0, near ? 3 : 2);
+    const char* line = fetch.rows[fetch.row] + fetch.offset + 64 * fetch.line;
+    fetch.near ? __builtin_prefetch(line, 0, 3) : __builtin_prefetch(line, 0, 2);
     if (++fetch.line == fetch.lines) {
       fetch.line = 0;
       fetch.row++;
@@ -152,14 +151,17 @@ CLP_INLINE void share_sums(const Vec (&sum)[R][V], const BlockProduct& job) {
   }
 }
 
-// R rows by V vectors of sum_t a[i, t] b[t, j]. a's rows lie a_step apart or, where `turned`, its terms; there each
-// copy takes its share. A line of what is read next is fetched now and then, and b a few steps ahead (AVX-512, b in the
-// second-level cache: 210 GFLOP/s of one Xeon core, 150 to 195 without).
-template <int R, int V, bool turned>
+// Terms between two of a product's other works.
+constexpr int64_t kSteps = kColumns < 16 ? kColumns : 16;
+
+// R rows by V vectors of sum_t a[i, t] b[t, j]. `shares`: each copy takes its share. A line of what is read next is
+// fetched now and then, and b a few steps ahead (AVX-512, b in the second-level cache: 210 GFLOP/s of one Xeon core,
+// 150 to 195 without).
+template <int R, int V, bool turned, bool shares>
 static __attribute__((noinline)) void multiply_tile(const BlockProduct& job, const float* a, const float* b, float* out,
                                                     Fetch& fetch) {
   constexpr int64_t ahead = 16 * kColumns;
-  const int64_t a_step = job.a_step, out_step = job.out_step, steps = job.steps;
+  const int64_t a_step = job.a_step, a_panel = job.a_panel, out_step = job.out_step, steps = job.steps;
   const bool add = job.add;
   Vec sum[R][V];
 #pragma GCC unroll 16
@@ -167,12 +169,12 @@ static __attribute__((noinline)) void multiply_tile(const BlockProduct& job, con
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
       sum[j][v] = splat(0.0f);
-      if (add && !turned) __builtin_prefetch(out + j * out_step + v * kWidth);
+      if (add) __builtin_prefetch(out + j * out_step + v * kWidth);
     }
   }
-  const auto step = [&](int64_t t) __attribute__((always_inline)) {
+  const auto step = [&](const float* at, int64_t i, int64_t t) __attribute__((always_inline)) {
     Vec x[V];
-    if (turned) __builtin_prefetch(a + (t + 16) * a_step);
+    if (turned) __builtin_prefetch(at + (i + 16) * a_step);
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
       x[v] = load(b + t * kColumns + v * kWidth);
@@ -180,19 +182,23 @@ static __attribute__((noinline)) void multiply_tile(const BlockProduct& job, con
     }
 #pragma GCC unroll 16
     for (int j = 0; j < R; j++) {
-      const Vec weight = splat(turned ? a[t * a_step + j] : a[j * a_step + t]);
+      const Vec weight = splat(turned ? at[i * a_step + j] : at[j * a_step + i]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) sum[j][v] += weight * x[v];
     }
   };
+  const auto terms = [&](int64_t t) __attribute__((always_inline)) {
+    return a + (turned ? t * a_step : t / kColumns * a_panel + t % kColumns);
+  };
   int64_t t = 0;
-  for (; t + 16 <= steps; t += 16) {
-    fetch_some<turned>(fetch);
+  for (; t + kSteps <= steps; t += kSteps) {
+    const float* at = terms(t);
+    fetch_some(fetch);
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < 16; i++) step(t + i);
+    for (int64_t i = 0; i < kSteps; i++) step(at, i, t + i);
   }
-  for (; t < steps; t++) step(t);
-  if constexpr (turned) {
+  for (; t < steps; t++) step(terms(t), 0, t);
+  if constexpr (shares) {
     share_sums(sum, job);
   } else {
     put_sums(sum, out, out_step, add);
@@ -201,12 +207,12 @@ static __attribute__((noinline)) void multiply_tile(const BlockProduct& job, con
 
 typedef void (*MultiplyTile)(const BlockProduct&, const float*, const float*, float*, Fetch&);
 
-template <int R, int V, bool turned>
+template <int R, int V, bool turned, bool shares>
 static MultiplyTile tile_for(int64_t rows) {
   if constexpr (R == 1) {
-    return multiply_tile<1, V, turned>;
+    return multiply_tile<1, V, turned, shares>;
   } else {
-    return rows >= R ? multiply_tile<R, V, turned> : tile_for<R - 1, V, turned>(rows);
+    return rows >= R ? multiply_tile<R, V, turned, shares> : tile_for<R - 1, V, turned, shares>(rows);
   }
 }
 
@@ -214,18 +220,19 @@ static MultiplyTile tile_for(int64_t rows) {
 static void multiply_panels(const BlockProduct& job, Fetch& fetch) {
   for (int64_t row = 0; row < job.rows; row += kRows) {
     const int64_t rows = job.rows - row < kRows ? job.rows - row : kRows;
-    const MultiplyTile wide = tile_for<kRows, 2, false>(rows), narrow = tile_for<kRows, 1, false>(rows);
-    for (int64_t j = 0; j < job.columns; j += kColumns) {
-      const MultiplyTile run = job.columns - j > kWidth ? wide : narrow;
-      const float* b = job.b + j / kColumns * job.panel_step;
-      run(job, job.a + row * job.a_step, b, job.out + row * job.out_step + j, fetch);
+    const MultiplyTile wide = tile_for<kRows, 2, false, false>(rows), narrow = tile_for<kRows, 1, false, false>(rows);
+    for (int64_t p = 0; p * kColumns < job.columns; p++) {
+      const MultiplyTile run = job.columns - p * kColumns > kWidth ? wide : narrow;
+      const float* b = job.b + p * job.panel_step;
+      run(job, job.a + row * job.a_step, b, job.out + row * job.out_step + p * job.out_panel, fetch);
     }
   }
 }
 
 static void block_product(const BlockProduct& job, Fetch& fetch) {
-  if (!job.turned) return multiply_panels(job, fetch);
-  tile_for<kRows, 2, true>(job.rows)(job, job.a, job.b, job.out, fetch);
+  if (!job.scales) return multiply_panels(job, fetch);
+  const auto run = job.turned ? tile_for<kRows, 2, true, true>(job.rows) : tile_for<kRows, 2, false, true>(job.rows);
+  run(job, job.a, job.b, job.out, fetch);
 }
 
 // out[j, i] = in[i, j]

@@ -138,6 +138,7 @@ class WeightGradient {
       for (int64_t part = begin; part < end; part++) {
         spread_part(segment, part * kPartRows, is_first, d_c ? dots.data() + part * K : nullptr);
       }
+      if (past_caches_) kernels_in_use().end_streams();
     });
     for (size_t i = 0; i < dots.size(); i++) d_c[i % K] += dots[i];
   }

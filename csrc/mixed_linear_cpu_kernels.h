@@ -45,6 +45,6 @@ const Kernels CLP_JOIN(kernels_, CLP_ISA) = {
     CLP_ISA::kColumns, CLP_ISA::kRows,  CLP_ISA::kMaxDots,         CLP_DOTS_TAKE_BF16,
     CLP_ISA::widen,    CLP_ISA::narrow, CLP_ISA::even_terms_first, CLP_ISA::mix,
     CLP_ISA::pack,     CLP_ISA::rows,   CLP_ISA::mix_blocks,       CLP_ISA::stage,
-    CLP_ISA::block_product, CLP_ISA::turn, CLP_ISA::grad};
+    CLP_ISA::block_product, CLP_ISA::turn, CLP_ISA::grad, CLP_ISA::end_streams};
 
 }  // namespace clp

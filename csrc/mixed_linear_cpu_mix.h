@@ -161,5 +161,4 @@ static void grad(const GradTile& tile) {
     }
   }
   if (tile.dots) add_dots(tile);
-  if (tile.past_caches) end_streams();
 }

@@ -133,7 +133,7 @@ CLP_INLINE void stream(Bf16* p, Vec v) {
 #endif
 }
 
-CLP_INLINE void end_streams() {
+static void end_streams() {
 #ifdef CLP_F16C
   _mm_sfence();
 #endif

@@ -12,14 +12,28 @@ namespace {
 
 float* floats_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+// gradient[m] = slope * (tanh' W[target] - gradient[m] / sum), W[target] the row's own mix.
 void finish_gradient(const LogprobCall& call) {
-  MixJob whole{call.args.weights.base, call.args.weights.deltas, call.args.weights.base_dtype,
-               call.args.weights.deltas_dtype, call.job.K, call.job.K, call.job.D, nullptr, nullptr};
-  const LogprobKernels& kernels = logprob_kernels_in_use();
-  parallel(call.job.M, call.job.D * (call.job.K + 2), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(call.job.D);
-    kernels.finish({whole, &call.job, row.data()}, begin, end);
-  });
+  const LogitsJob& job = call.job;
+  const std::vector<Segment>& segments = call.kept.plan.segments;
+  const auto finish_row = [&](int64_t m, const Mix& mix, float* weights) {
+    const int64_t place = call.places[m], target = call.kept.targets[m];
+    kernels_in_use().mix(call.args.weights, mix, target, target + 1, 0, job.D, weights, job.D);
+    const float bent = job.cap != 0.0f ? job.states.target[place] / job.cap : 0.0f;
+    const float of_target = job.slope * (1.0f - bent * bent);
+    const float of_sum = static_cast<float>(job.slope / job.states.sum[place]);
+    float* gradient = job.gradient + m * job.D;
+    for (int64_t d = 0; d < job.D; d++) gradient[d] = of_target * weights[d] - of_sum * gradient[d];
+  };
+  const ThreadScratch weights(job.D);
+  for (size_t g = 0; g < segments.size(); g++) {
+    const Segment& segment = segments[g];
+    parallel(segment.end - segment.begin, job.D * (job.K + 2), [&](int64_t begin, int64_t end) {
+      for (int64_t m = segment.begin + begin; m < segment.begin + end; m++) {
+        finish_row(m, call.mixes.of_segment(static_cast<int64_t>(g)), weights.get());
+      }
+    });
+  }
 }
 
 }  // namespace
@@ -33,32 +47,31 @@ void mixed_linear_logprob_cpu_fwd(const Tensor& hidden, const std::optional<Tens
                                   const std::optional<Tensor>& formed) {
   LogprobCall call({hidden, base, deltas, c, row_map, bias, bias_deltas, targets, ignore_index, temperature,
                     logit_scale, softcap});
-  RowsJob& job = call.job;
-  std::vector<RowState> states(job.M, RowState{-FLT_MAX, 0.0f, 0.0f, 0.0, 0.0});
-  const Scratch sorted = formed && !call.keeps_order() ? Scratch(job.M * job.D) : Scratch();
-  job.states = states.data();
+  LogitsJob& job = call.job;
+  std::vector<float> max(job.places, -FLT_MAX), target(job.places, 0.0f);
+  std::vector<double> sum(job.places, 0.0), weighted(job.places, 0.0);
+  const bool in_place = call.kept.order.empty();
+  const Scratch sorted = formed && !in_place ? Scratch(call.kept.size() * job.D) : Scratch();
+  job.states = {max.data(), target.data(), sum.data(), weighted.data()};
   job.needs_weighted = entropy.has_value();
-  if (formed) job.gradient = sorted.get() ? sorted.get() : floats_of(*formed);
-  if (sorted.get()) std::fill_n(sorted.get(), job.M * job.D, 0.0f);
-  for (int64_t first = 0; first < call.args.weights.N && job.M > 0; first += call.chunk) {
-    call.begin_chunk(first, std::min(call.chunk, call.args.weights.N - first));
-    call.process_rows(logprob_kernels_in_use().forward, nullptr, job.gradient);
-  }
+  if (formed) job.gradient = in_place ? floats_of(*formed) : sorted.get();
+  if (sorted.get()) std::fill_n(sorted.get(), call.kept.size() * job.D, 0.0f);
+  const Process process = call.process(logprob_kernels_in_use().forward, [] {});
+  call.for_chunks([&](const Weights& weights) { call.products->run(weights, process, job.gradient, {}); });
   if (formed) finish_gradient(call);
   if (sorted.get()) call.scatter_rows(sorted.get(), *formed);
-  for (int64_t m = 0; m < job.M; m++) {
-    const RowState& state = states[m];
-    const int64_t row = call.row_of(m);
-    const double log_sum = std::log(state.sum);
-    floats_of(logprob)[row] = static_cast<float>(static_cast<double>(state.target) - state.max - log_sum);
-    if (entropy) floats_of(*entropy)[row] = static_cast<float>(log_sum - state.weighted / state.sum);
-    floats_of(normalizer)[2 * row] = state.max;
+  for (int64_t m = 0; m < call.kept.size(); m++) {
+    const int64_t row = call.kept.row(m), place = call.places[m];
+    const double log_sum = std::log(sum[place]);
+    floats_of(logprob)[row] = static_cast<float>(static_cast<double>(target[place]) - max[place] - log_sum);
+    if (entropy) floats_of(*entropy)[row] = static_cast<float>(log_sum - weighted[place] / sum[place]);
+    floats_of(normalizer)[2 * row] = max[place];
     floats_of(normalizer)[2 * row + 1] = static_cast<float>(log_sum);
   }
 }
 
 Tensor logprob_cpu_function(const Tensor& x, bool is_tanh) {
-  const int64_t size = x.numel(), padded = ceil_div(size, kLogitLanes) * kLogitLanes;
+  const int64_t size = x.numel(), padded = ceil_div(size, kLanes) * kLanes;
   std::vector<float> in(padded, 0.0f), out(padded);
   kernels_in_use().widen(x.const_data_ptr(), dtype_of(x, "x"), 0, size, 1.0f, in.data());
   logprob_kernels_in_use().evaluate(in.data(), is_tanh, padded, out.data());

@@ -2,9 +2,10 @@
 
 #include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
+#include <limits>
 
 #include "cpu_features.h"
+#include "mixed_linear_cpu_blocks.h"
 
 namespace clp::logprob {
 
@@ -12,16 +13,57 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Floats of a panel of weights, 4 MiB: for D = 2048 a chunk of 512 tokens, whose products run as fast as larger ones.
-constexpr int64_t kPanelFloats = 1 << 20;
-constexpr int64_t kSmallestChunk = 64, kLargestChunk = 1024;
+// Tokens of a chunk: whole groups of weights, the same number for 2, 3, 6 or 7 threads. By streams, so many that 4 MiB
+// hold their weights.
+constexpr int64_t kChunk = 504, kStreamFloats = 1 << 20, kSmallestChunk = 64, kLargestChunk = 1024;
 
 // Mixing one stream of weights once costs as much as the product of so many rows with it.
 constexpr int64_t kRowsOfMix = 8;
 
+// Rows of a segment from which torch's product with a panel of its mix is faster than the own one, which mixes as it
+// goes; of one segment alone it always is, for the panel serves both of a chunk's products. Forward, with the gradient
+// of hidden, with all gradients, in ms, float32, K = 2, V = 8064, D = 1024, two Xeon threads with AVX-512:
+//   segments x rows   streams          panels           own
+//   1 x 16              6   13   23      5    8   17      6   13   23
+//   1 x 256            48   94  170     21   34   69     18   33   61
+//   16 x 8             29   58  106     70   92  201     40   78  145
+//   4 x 16             17   34   67     19   29   66     12   25   51
+//   16 x 128          311  619 1203    172  290  586    122  247  472
+//   4 x 256           156  314  579     73  128  263     55  112  231
+//   4 x 512           359  730 1257    144  259  573    136  298  632
+constexpr int64_t kPanelRows = 384;
+
 const void* offset(const void* values, Dtype dtype, int64_t elements) {
   if (values == nullptr) return nullptr;
   return static_cast<const char*>(values) + elements * (dtype == Dtype::f32 ? 4 : 2);
+}
+
+KeptRows keep_rows(const LogprobTensors& t, const MixedLinearArgs& args) {
+  const int64_t rows = args.M, V = args.weights.N;
+  STD_TORCH_CHECK(V <= std::numeric_limits<int32_t>::max(), "mixed_linear_logprob (cpp): the vocabulary has ", V,
+                  " tokens; at most 2^31 - 1 are supported");
+  STD_TORCH_CHECK(t.targets.scalar_type() == ScalarType::Long && t.targets.numel() == rows && t.targets.is_contiguous(),
+                  "mixed_linear_logprob (cpp): targets must be contiguous int64 [", rows, "]");
+  const int64_t* targets = static_cast<const int64_t*>(t.targets.const_data_ptr());
+  KeptRows kept;
+  std::vector<int32_t> order, weighting;
+  for (int64_t row = 0; row < rows; row++) {
+    if (targets[row] == t.ignore_index) continue;
+    STD_TORCH_CHECK(targets[row] >= 0 && targets[row] < V, "mixed_linear_logprob (cpp): targets[", row, "] is ",
+                    targets[row], ", outside [0, ", V, ")");
+    order.push_back(static_cast<int32_t>(row));
+    weighting.push_back(args.row_map[row]);
+  }
+  const int64_t M = static_cast<int64_t>(order.size());
+  kept.plan = plan_rows(weighting.data(), M, args.S);
+  const bool is_moved = M != rows || !kept.plan.order.empty();
+  for (int64_t m = 0; m < M; m++) {
+    const int32_t row = order[kept.plan.row(m)];
+    if (is_moved) kept.order.push_back(row);
+    kept.targets.push_back(static_cast<int32_t>(targets[row]));
+  }
+  kept.plan.order.clear();
+  return kept;
 }
 
 }  // namespace
@@ -42,203 +84,121 @@ const LogprobKernels& logprob_kernels_in_use() {
   return logprob_kernels_portable;
 }
 
-LogprobCall::LogprobCall(const LogprobTensors& t) : args(t.base, t.deltas, t.c, t.row_map) {
+LogprobCall::LogprobCall(const LogprobTensors& t)
+    : args(t.base, t.deltas, t.c, t.row_map),
+      kept(keep_rows(t, args)),
+      mixes(kept.plan, args.c, args.weights.K, args.weights.base != nullptr),
+      hidden_(contiguous_rows(t.hidden, "hidden", args.M, args.weights.D)) {
   const Weights& w = args.weights;
+  hidden = array_of(*hidden_, "hidden");
   bias_ = to_floats(t.bias, "bias", w.N);
   bias_deltas_ = to_floats(t.bias_deltas, "bias_deltas", w.N * w.K);
-  plan(t);
+  job.bias = bias_.empty() ? nullptr : bias_.data();
+  job.bias_deltas = bias_deltas_.empty() ? nullptr : bias_deltas_.data();
   job.D = w.D;
   job.K = w.K;
-  job.c = args.c;
-  job.has_base = w.base != nullptr;
-  job.weighting = weighting_.data();
-  job.targets = targets_.data();
   job.slope = static_cast<float>(t.logit_scale / t.temperature);
   job.scale = t.softcap ? static_cast<float>(t.logit_scale / *t.softcap) : job.slope;
   job.cap = t.softcap ? static_cast<float>(*t.softcap / t.temperature) : 0.0f;
-  choose_sizes();
+  place_rows(choose_way());
 }
 
-// Keeps the rows that have a target, sorted by weighting, and stages them as float32 where they are not so already.
-void LogprobCall::plan(const LogprobTensors& t) {
+LogprobCall::Way LogprobCall::choose_way() const {
+  const int64_t M = kept.size(), streams = args.weights.K + (args.weights.base ? 1 : 0);
+  const int64_t segments = static_cast<int64_t>(kept.plan.segments.size());
+  if (streams > 1 && segments == 1) return Way::panels;
+  if (segments * streams * kRowsOfMix >= M * (streams - 1)) return Way::streams;
+  return M < kPanelRows * segments ? Way::fused : Way::panels;
+}
+
+void LogprobCall::place_rows(Way way) {
   const Weights& w = args.weights;
-  const int64_t rows = args.M, D = w.D, V = w.N;
-  const Tensor hidden = contiguous_rows(t.hidden, "hidden", rows, D);
-  STD_TORCH_CHECK(t.targets.scalar_type() == ScalarType::Long && t.targets.numel() == rows && t.targets.is_contiguous(),
-                  "mixed_linear_logprob (cpp): targets must be contiguous int64 [", rows, "]");
-  const int64_t* targets = static_cast<const int64_t*>(t.targets.const_data_ptr());
-  std::vector<int32_t> weighting;
-  for (int64_t row = 0; row < rows; row++) {
-    if (targets[row] == t.ignore_index) continue;
-    STD_TORCH_CHECK(targets[row] >= 0 && targets[row] < V, "mixed_linear_logprob (cpp): targets[", row, "] is ",
-                    targets[row], ", outside [0, ", V, ")");
-    rows_.push_back(static_cast<int32_t>(row));
-    weighting.push_back(args.row_map[row]);
+  const std::vector<Segment>& segments = kept.plan.segments;
+  const bool is_fused = way == Way::fused;
+  // Each segment's places, or all of them, start a panel or a unit.
+  const int64_t unit = is_fused ? kernels_in_use().panel_rows : kLanes;
+  for (size_t g = 0; g < segments.size(); g++) {
+    if (g == 0 || way != Way::streams) job.places = ceil_div(job.places, unit) * unit;
+    for (int64_t m = segments[g].begin; m < segments[g].end; m++) places.push_back(static_cast<int32_t>(job.places++));
   }
-  job.M = static_cast<int64_t>(rows_.size());
-  const Plan by_weighting = plan_rows(weighting.data(), job.M, args.S);
-  segments = by_weighting.segments;
-  const std::vector<int32_t> kept = rows_;
-  for (int64_t m = 0; m < job.M; m++) {
-    const int32_t from = by_weighting.order.empty() ? static_cast<int32_t>(m) : by_weighting.order[m];
-    rows_[m] = kept[from];
-    weighting_.push_back(weighting[from]);
-    targets_.push_back(targets[rows_[m]]);
-  }
-  const Dtype dtype = dtype_of(hidden, "hidden");
-  hidden_ = hidden;
-  if (job.M == rows && by_weighting.order.empty()) rows_.clear();
-  if (keeps_order() && dtype == Dtype::f32) {
-    x_ = static_cast<const float*>(hidden.const_data_ptr());
-    return;
-  }
-  staged_ = Scratch(job.M * D);
-  const Kernels& kernels = kernels_in_use();
-  for (int64_t m = 0; m < job.M; m++) {
-    kernels.widen(hidden.const_data_ptr(), dtype, row_of(m) * D, D, 1.0f, staged_.get() + m * D);
-  }
-  x_ = staged_.get();
-}
-
-void LogprobCall::choose_sizes() {
-  const Weights& w = args.weights;
-  const int64_t streams = w.K + (w.base ? 1 : 0), num_segments = static_cast<int64_t>(segments.size());
-  mixes = num_segments * streams * kRowsOfMix < job.M * (streams - 1);
-  const int64_t fitting = kPanelFloats / std::max<int64_t>(w.D, 1) / kLogitLanes * kLogitLanes;
-  const int64_t all = ceil_div(w.N, kLogitLanes) * kLogitLanes;
-  chunk = std::min(std::clamp(fitting, kSmallestChunk, kLargestChunk), all);
-  job.stride = chunk;
-  // Also the products G_s of backward: all segments' of at least kSmallestChunk columns.
-  panel_floats = std::max(chunk * w.D, mixes ? num_segments * chunk * std::min(w.D, kSmallestChunk) : 0);
-  if (job.M == 0) return;
-  panel_ = Scratch(panel_floats);
-  logits_ = Scratch(job.M * job.stride);
-  job.logits = logits_.get();
-  if (!mixes) copies_ = Scratch(w.K * job.M * job.stride);
-  if (mixes) job.has_base = true;  // the mix is one product
-  job.copies = copies_.get();
-  if (!bias_.empty()) chunk_bias_.resize(job.stride);
-  if (!bias_deltas_.empty()) chunk_bias_deltas_.resize(w.K * job.stride);
-}
-
-void LogprobCall::begin_chunk(int64_t first, int64_t tokens) {
-  job.first_token = first;
-  job.tokens = tokens;
-  const int64_t K = job.K;
-  for (int64_t v = 0; v < tokens; v++) {
-    if (!bias_.empty()) chunk_bias_[v] = bias_[first + v];
-    for (int64_t k = 0; !bias_deltas_.empty() && k < K; k++) {
-      chunk_bias_deltas_[k * job.stride + v] = bias_deltas_[(first + v) * K + k];
+  job.places = ceil_div(ceil_div(job.places, unit) * unit, kLanes) * kLanes;
+  job.panel = is_fused ? unit : job.places;
+  const int64_t fitting = kStreamFloats / std::max<int64_t>(w.D, 1) / kLanes * kLanes;
+  job.capacity = std::min(is_fused ? kChunk : std::clamp(fitting, kSmallestChunk, kLargestChunk), w.N);
+  targets_.assign(job.places, -1);
+  rows_.assign(job.places, -1);
+  c_.assign(w.K * job.places, 0.0f);
+  for (const Segment& segment : segments) {
+    for (int64_t m = segment.begin; m < segment.end; m++) {
+      targets_[places[m]] = kept.targets[m];
+      rows_[places[m]] = static_cast<int32_t>(m);
+      for (int64_t k = 0; k < w.K; k++) c_[k * job.places + places[m]] = args.c[segment.weighting * w.K + k];
     }
   }
-  job.bias = !bias_.empty() ? chunk_bias_.data() : nullptr;
-  job.bias_deltas = !bias_deltas_.empty() ? chunk_bias_deltas_.data() : nullptr;
-}
-
-MixJob LogprobCall::chunk_weights() const {
-  const Weights& w = args.weights;
-  const int64_t first = job.first_token;
-  return {offset(w.base, w.base_dtype, first * w.D), offset(w.deltas, w.deltas_dtype, first * w.K * w.D),
-          w.base_dtype, w.deltas_dtype, w.K, w.K, w.D, nullptr, panel_.get()};
-}
-
-// The chunk's base where has_base, and `copies` copies from first_copy on times c, in the panel.
-Matrix LogprobCall::mixed(const float* c, int64_t copies, int64_t first_copy, bool has_base) const {
-  MixJob mix = chunk_weights();
-  if (!has_base) mix.base = nullptr;
-  mix.deltas = offset(mix.deltas, mix.deltas_dtype, first_copy * mix.D);
-  mix.copies = copies;
-  mix.c = c;
-  const LogprobKernels& kernels = logprob_kernels_in_use();
-  parallel(job.tokens, mix.D * (copies + 1), [&](int64_t begin, int64_t end) { kernels.mix(mix, begin, end); });
-  return panel(mix.D);
-}
-
-// The chunk of one stream of weights, the base for k = -1: where it lies, or converted in the panel.
-Matrix LogprobCall::stream(int64_t k) const {
-  static const float one = 1.0f;
-  const MixJob w = chunk_weights();
-  if (k < 0 && w.base_dtype == Dtype::f32) {
-    return {static_cast<float*>(const_cast<void*>(w.base)), job.tokens, w.D, w.D, 1};
+  job.targets = targets_.data();
+  job.rows = rows_.data();
+  job.c = c_.data();
+  // Nothing else writes the places past the rows before it reads them.
+  logits_ = Scratch(job.size());
+  std::fill_n(logits_.get(), job.size(), 0.0f);
+  job.logits = logits_.get();
+  job.has_base = way != Way::streams || w.base;
+  if (way == Way::streams) {
+    copies_ = Scratch(w.K * job.size());
+    std::fill_n(copies_.get(), w.K * job.size(), 0.0f);
+    job.copies = copies_.get();
   }
-  if (k >= 0 && w.deltas_dtype == Dtype::f32) {
-    return {static_cast<float*>(const_cast<void*>(w.deltas)) + k * w.D, job.tokens, w.D, w.K * w.D, 1};
-  }
-  return k < 0 ? mixed(&one, 0, 0, true) : mixed(&one, 1, k, false);
+  products = is_fused ? fused_products(*this) : way == Way::panels ? panel_products(*this) : stream_products(*this);
 }
 
-void LogprobCall::run_rows(RowsKernel kernel, int64_t begin, int64_t end) const {
-  parallel(end - begin, 8 * job.stride,
-        [&](int64_t first, int64_t last) { kernel(job, begin + first, begin + last); });
+Weights LogprobCall::chunk_weights() const {
+  Weights w = args.weights;
+  w.base = offset(w.base, w.base_dtype, job.first_token * w.D);
+  w.deltas = offset(w.deltas, w.deltas_dtype, job.first_token * w.K * w.D);
+  w.N = job.tokens;
+  return w;
 }
 
-void LogprobCall::run_sums(const SumsJob& sums) const {
-  const LogprobKernels& kernels = logprob_kernels_in_use();
-  if (sums.d_bias || sums.d_bias_deltas) {
-    parallel(job.stride / kLogitLanes, job.M * kLogitLanes,
-          [&](int64_t begin, int64_t end) { kernels.sum_columns(sums, begin, end); });
-  }
-  if (sums.d_c && (job.copies || job.bias_deltas)) {
-    parallel(job.M, job.stride, [&](int64_t begin, int64_t end) { kernels.sum_rows(sums, begin, end); });
-  }
+Process LogprobCall::process(PlacesKernel kernel, std::function<void()> sums) const {
+  const auto run = [this, kernel](int64_t first, int64_t last) {
+    parallel(last - first, 8 * kLanes * job.tokens,
+             [&](int64_t begin, int64_t end) { kernel(job, first + begin, first + end); });
+  };
+  return {run, std::move(sums)};
 }
 
-void LogprobCall::process_rows(RowsKernel kernel, const SumsJob* sums, float* gradient) {
-  if (mixes) {
-    process_segments(kernel, gradient);
-    if (sums) run_sums(*sums);
-  } else {
-    process_streams(kernel, sums, gradient);
-  }
+void LogprobCall::stage_hidden(int64_t width, float* out) const {
+  const int32_t* order = kept.order.empty() ? nullptr : kept.order.data();
+  const int64_t M = kept.size(), D = job.D;
+  parallel(ceil_div(D, std::max<int64_t>(width, 1)), M * width, [&](int64_t begin, int64_t end) {
+    kernels_in_use().stage({hidden.data, hidden.dtype, order, 0, M, D, begin * width, std::min(D, end * width), width,
+                            nullptr, out + begin * width * M});
+  });
 }
 
-void LogprobCall::process_segments(RowsKernel kernel, float* gradient) {
-  for (const Segment& segment : segments) {
-    const Matrix weights = mixed(job.c + segment.weighting * job.K, job.K, 0, true);
-    const Matrix rows = logits().row_range(segment.begin, segment.end);
-    gemm(rows, rows_of_hidden().row_range(segment.begin, segment.end), weights.transposed(), false);
-    run_rows(kernel, segment.begin, segment.end);
-    if (!gradient) continue;
-    const Matrix out{gradient, job.M, job.D, job.D, 1};
-    gemm(out.row_range(segment.begin, segment.end), rows, weights, true);
-  }
-}
-
-void LogprobCall::process_streams(RowsKernel kernel, const SumsJob* sums, float* gradient) {
-  const LogprobKernels& kernels = logprob_kernels_in_use();
-  if (job.has_base) gemm(logits(), rows_of_hidden(), stream(-1).transposed(), false);
-  for (int64_t k = 0; k < job.K; k++) gemm(copy(k), rows_of_hidden(), stream(k).transposed(), false);
-  run_rows(kernel, 0, job.M);
-  if (sums) run_sums(*sums);
-  if (!gradient && !sums) return;
-  const Matrix out{gradient, job.M, job.D, job.D, 1};
-  if (job.has_base && gradient) gemm(out, logits(), stream(-1), true);
-  for (int64_t k = 0; k < job.K; k++) {
-    parallel(job.M, job.stride,
-          [&](int64_t begin, int64_t end) { kernels.weight_rows(job, k, copy(k).data, begin, end); });
-    if (gradient) gemm(out, copy(k), stream(k), true);
-  }
+Matrix LogprobCall::rows_of_hidden(Scratch& staged) const {
+  const int64_t M = kept.size(), D = job.D;
+  if (hidden.is_float() && kept.order.empty()) return read_only(hidden.floats(), M, D, D, 1);
+  staged = Scratch(M * D);
+  stage_hidden(D, staged.get());
+  return {staged.get(), M, D, D, 1};
 }
 
 void LogprobCall::scatter_rows(const float* values, const Tensor& out) const {
-  const Kernels& kernels = kernels_in_use();
   const Dtype dtype = dtype_of(out, "d_hidden");
-  for (int64_t m = 0; m < job.M; m++) {
-    kernels.narrow(values + m * job.D, job.D, out.mutable_data_ptr(), dtype, row_of(m) * job.D);
+  for (int64_t m = 0; m < kept.size(); m++) {
+    kernels_in_use().narrow(values + m * job.D, job.D, out.mutable_data_ptr(), dtype, kept.row(m) * job.D);
   }
 }
 
-std::vector<float> LogprobCall::gather(const Tensor& values, int64_t width) const {
+std::vector<float> LogprobCall::gather(const Tensor& values, int64_t width, int64_t column, float padding) const {
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
                       values.numel() == args.M * width,
                   "mixed_linear_logprob (cpp): a value of each row must be contiguous float32 [", args.M, ", ",
                   width, "]");
   const float* data = static_cast<const float*>(values.const_data_ptr());
-  std::vector<float> gathered;
-  for (int64_t m = 0; m < job.M; m++) {
-    const float* row = data + row_of(m) * width;
-    gathered.insert(gathered.end(), row, row + width);
-  }
+  std::vector<float> gathered(job.places, padding);
+  for (int64_t m = 0; m < kept.size(); m++) gathered[places[m]] = data[kept.row(m) * width + column];
   return gathered;
 }
 

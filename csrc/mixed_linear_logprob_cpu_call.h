@@ -1,7 +1,10 @@
-// One call of mixed_linear_logprob on the CPU: its rows and weights in normal form, and the products of a chunk.
+// One call of mixed_linear_logprob on the CPU: its rows and weights in normal form, its chunks of the vocabulary, and
+// the products that each chunk has with the rows.
 #pragma once
 
 #include <algorithm>
+#include <functional>
+#include <memory>
 #include <vector>
 
 #include "mixed_linear_cpu_ops.h"
@@ -22,61 +25,98 @@ struct LogprobTensors {
   std::optional<double> softcap;
 };
 
-typedef void (*RowsKernel)(const RowsJob& job, int64_t row_begin, int64_t row_end);
+// Where a chunk's gradients of the weights go; null: not wanted.
+struct ChunkGradients {
+  void* base;                // [tokens, D]
+  void* deltas;              // [tokens, K, D]; float32, which is added to, where adds_deltas
+  bool adds_deltas;
+  double* d_c;               // [S, K], added to
+  bool past_caches;          // what is not added to is not read soon
+
+  bool is_none() const { return !base && !deltas && !d_c; }
+};
+
+class LogprobCall;
+
+// What happens to logits between a chunk's products.
+struct Process {
+  std::function<void(int64_t begin, int64_t end)> places;  // units of kLanes: they become what is spread
+  std::function<void()> sums;                              // of all of them
+};
+
+// The products of a chunk, weights its own.
+class Products {
+ public:
+  virtual ~Products() = default;
+  // Makes the head's output, or the parts that LogitsJob sums; has them processed; adds to gradient [M, D], where
+  // given, the weights times what they became, and writes the weights' own gradients.
+  virtual void run(const Weights& weights, const Process& process, float* gradient,
+                   const ChunkGradients& gradients) = 0;
+};
+
+// The rows that have a target, sorted by weighting: the order of work.
+struct KeptRows {
+  std::vector<int32_t> order;  // order of work -> row of hidden; empty: all, as they are
+  std::vector<int32_t> targets;
+  Plan plan;                   // its own order is spent
+
+  int64_t size() const { return static_cast<int64_t>(targets.size()); }
+  int64_t row(int64_t m) const { return order.empty() ? m : order[m]; }
+};
 
 class LogprobCall {
  public:
   explicit LogprobCall(const LogprobTensors& tensors);
   LogprobCall(const LogprobCall&) = delete;
 
-  // Makes [first, first + tokens) the chunk that the functions below work on.
-  void begin_chunk(int64_t first, int64_t tokens);
+  // Runs body(weights) for one chunk of the vocabulary after the other.
+  template <typename Body>
+  void for_chunks(const Body& body) {
+    const int64_t V = args.weights.N;
+    for (int64_t first = 0; first < V && kept.size() > 0; first += job.capacity) {
+      job.first_token = first;
+      job.tokens = std::min(job.capacity, V - first);
+      body(chunk_weights());
+    }
+  }
 
-  // Products with the chunk's weights, `kernel` on their rows, `sums` of the result where given, and the product of the
-  // result with the weights, added to gradient [M, D] where given.
-  void process_rows(RowsKernel kernel, const SumsJob* sums, float* gradient);
+  typedef void (*PlacesKernel)(const LogitsJob& job, int64_t begin, int64_t end);
+  Process process(PlacesKernel kernel, std::function<void()> sums) const;
 
-  // Writes values [M, D] in the order of `rows` to out [.., D]; rows without a target are left as they are.
+  // Writes values [M, D] in the order of work to rows of out; those without a target are left as they are.
   void scatter_rows(const float* values, const Tensor& out) const;
+  // A column of [rows, width] floats, at each row's place; `padding` past the rows.
+  std::vector<float> gather(const Tensor& values, int64_t width, int64_t column, float padding) const;
 
-  int64_t row_of(int64_t m) const { return rows_.empty() ? m : rows_[m]; }
-  bool keeps_order() const { return rows_.empty(); }
-  std::vector<float> gather(const Tensor& values, int64_t width) const;
-
-  // The chunk's weights as a MixJob; `at` counts elements from its first token in gradients of that shape.
-  MixJob chunk_weights() const;
-  Matrix panel(int64_t columns) const { return {panel_.get(), job.tokens, columns, columns, 1}; }
-  Matrix logits() const { return {job.logits, job.M, job.tokens, job.stride, 1}; }
-  // c_k times logits' gradients, after process_rows, where rows are not mixed by segment.
-  Matrix copy(int64_t k) const { return {copies_.get() + k * job.M * job.stride, job.M, job.tokens, job.stride, 1}; }
-  Matrix rows_of_hidden() const { return read_only(x_, job.M, job.D, job.D, 1); }
+  // Rows of hidden in the order of work, as float32: columns in panels of `width`; or as they lie, else in `staged`.
+  void stage_hidden(int64_t width, float* out) const;
+  Matrix rows_of_hidden(Scratch& staged) const;
 
   MixedLinearArgs args;
-  std::vector<Segment> segments;
-  RowsJob job{};
-  bool mixes;            // a panel of the mix for each segment; else one product for each stream of weights
-  int64_t chunk;         // tokens of a chunk
-  int64_t panel_floats;
+  KeptRows kept;
+  Mixes mixes;                 // of each segment
+  Array hidden;                // [rows, D]
+  std::vector<int32_t> places; // order of work -> place
+  LogitsJob job{};
+  std::unique_ptr<Products> products;
 
  private:
-  void plan(const LogprobTensors& tensors);
-  void choose_sizes();
-  void process_segments(RowsKernel kernel, float* gradient);
-  void process_streams(RowsKernel kernel, const SumsJob* sums, float* gradient);
-  void run_rows(RowsKernel kernel, int64_t begin, int64_t end) const;
-  void run_sums(const SumsJob& sums) const;
-  Matrix mixed(const float* c, int64_t copies, int64_t first_copy, bool has_base) const;
-  Matrix stream(int64_t k) const;
+  enum class Way { streams, panels, fused };
+  Way choose_way() const;
+  void place_rows(Way way);
+  Weights chunk_weights() const;
 
-  std::vector<int32_t> rows_;  // row here -> row of hidden; empty: the same
-  std::vector<int32_t> weighting_;
-  std::vector<int64_t> targets_;
   std::optional<Tensor> hidden_;
-  Scratch staged_, panel_, logits_, copies_;
-  const float* x_ = nullptr;
-  std::vector<float> bias_, bias_deltas_;
-  std::vector<float> chunk_bias_, chunk_bias_deltas_;
+  std::vector<int32_t> targets_, rows_;
+  std::vector<float> c_, bias_, bias_deltas_;
+  Scratch logits_, copies_;
 };
+
+// One product of all rows with each stream of weights; with each segment's mix in a panel; with mixes that are made as
+// the products go, for rows in the places that RowBlocks gives them.
+std::unique_ptr<Products> stream_products(const LogprobCall& call);
+std::unique_ptr<Products> panel_products(const LogprobCall& call);
+std::unique_ptr<Products> fused_products(const LogprobCall& call);
 
 void mixed_linear_logprob_cpu_fwd(const Tensor& hidden, const std::optional<Tensor>& base, const Tensor& deltas,
                                   const Tensor& c, const Tensor& row_map, const std::optional<Tensor>& bias,

@@ -10,23 +10,20 @@ namespace CLP_ISA {
 namespace {
 
 constexpr int kWidth = CLP_WIDTH;
-static_assert(kLogitLanes % kWidth == 0, "rows of logits are whole vectors");
+static_assert(kLanes % kWidth == 0, "places are whole vectors");
 
 #include "mixed_linear_cpu_vector.h"
 
 #include "mixed_linear_logprob_cpu_math.h"
 
-#include "mixed_linear_logprob_cpu_rows.h"
-
-#include "mixed_linear_logprob_cpu_weights.h"
+#include "mixed_linear_logprob_cpu_places.h"
 
 }  // namespace
 }  // namespace CLP_ISA
 
 extern const LogprobKernels CLP_JOIN(logprob_kernels_, CLP_ISA);
 const LogprobKernels CLP_JOIN(logprob_kernels_, CLP_ISA) = {
-    CLP_ISA::mix,    CLP_ISA::forward,     CLP_ISA::backward, CLP_ISA::finish,
-    CLP_ISA::spread, CLP_ISA::sum_columns, CLP_ISA::sum_rows, CLP_ISA::weight_rows,
-    CLP_ISA::evaluate};
+    CLP_ISA::forward,    CLP_ISA::backward, CLP_ISA::sum_tokens,
+    CLP_ISA::sum_places, CLP_ISA::weigh,    CLP_ISA::evaluate};
 
 }  // namespace clp::logprob

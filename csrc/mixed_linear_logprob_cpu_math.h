@@ -33,17 +33,3 @@ CLP_INLINE Vec tanh(Vec x) {
   const Vec large = 1.0f - 2.0f / (exp(size + size) + 1.0f);
   return size < splat(0.625f) ? small : (Vec)((VecInt)large | sign);
 }
-
-CLP_INLINE float max_lane(Vec v) {
-  float lane[kWidth];
-  store(lane, v);
-  float largest = lane[0];
-  for (int i = 1; i < kWidth; i++) largest = lane[i] > largest ? lane[i] : largest;
-  return largest;
-}
-
-CLP_INLINE float exp_one(float x) {
-  float lane[kWidth];
-  store(lane, exp(splat(x)));
-  return lane[0];
-}

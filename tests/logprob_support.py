@@ -33,14 +33,15 @@ def problem(
     rows: str = "segments",
     with_base: bool = True,
     seed: int = 0,
+    S: int = 3,
 ) -> Arguments:
-    """Arguments of the operator; `rows`: how weightings lie over rows. Every fourth row has no target."""
+    """Arguments of the operator; `rows`: how S weightings lie over rows. Every fourth row has no target."""
     generator = torch.Generator().manual_seed(M * 7 + K + seed)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    S = min(M, 3)
+    S = min(M, S)
     row_map = {
         "one": torch.zeros(M),
         "segments": torch.arange(M) * S // M,

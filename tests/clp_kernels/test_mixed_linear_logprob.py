@@ -56,6 +56,49 @@ def test_cpp(M, D, V, K, x_dtype, deltas_dtype, rows):
 
 
 @needs_cpp
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)], ids=str)
+@pytest.mark.parametrize("rows", ["segments", "shuffled"])
+@pytest.mark.parametrize(("M", "S"), [(1700, 3), (1700, 20), (700, 2), (90, 2)])
+def test_segments_of_every_length(M, S, rows, dtypes):
+    """Panels of a few long segments' mixes, and mixes made as the products go: blocks of eight segments or 512 rows."""
+    a = problem(M, 40, 70, 3, *dtypes, rows, S=S)
+    compare(a, "cpp", **BENT)
+    for wanted in (("hidden",), ("base",), ("deltas",), ("base", "coefficients")):
+        compare(a, "cpp", wanted=wanted, return_entropy=False)
+
+
+@needs_cpp
+@pytest.mark.parametrize("S", [1, 3, 20])
+def test_copies_without_weight_are_not_read(S):
+    """NaN in a copy whose coefficient is zero reaches nothing but that coefficient's gradient."""
+    a = problem(400, 40, 600, 3, rows="segments", S=S)
+    a["coefficients"][:, 1] = 0
+    results = values_and_gradients(mixed_linear_logprob, a, backend="cpp")
+    a["deltas"][:, 1] = torch.nan
+    poisoned = values_and_gradients(mixed_linear_logprob, a, backend="cpp")
+    for name, value in results.items():
+        kept = [0, 2] if name == "coefficients" else [0, 1, 2]
+        assert torch.equal(
+            poisoned[name][:, kept] if name == "coefficients" else poisoned[name],
+            value[:, kept] if name == "coefficients" else value,
+        ), name
+
+
+@needs_cpp
+@pytest.mark.parametrize("S", [1, 3, 20])
+def test_added_to_main_grad(S):
+    a = problem(400, 40, 600, 3, BF16, BF16, S=S)
+    deltas = a["deltas"].clone().requires_grad_()
+    deltas.main_grad = torch.ones(deltas.shape)
+    logprob, _ = mixed_linear_logprob(**(a | {"deltas": deltas}), return_entropy=False, backend="cpp")
+    logprob.sum().backward()
+    wide = a["deltas"].float().requires_grad_()
+    logprob, _ = mixed_linear_logprob_ref(**(a | {"deltas": wide}), return_entropy=False)
+    logprob.sum().backward()
+    torch.testing.assert_close(deltas.main_grad - 1, wide.grad, rtol=1e-4, atol=1e-4)
+
+
+@needs_cpp
 def test_cpp_at_random_shapes():
     generator = torch.Generator().manual_seed(0)
 
