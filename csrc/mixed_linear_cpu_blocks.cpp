@@ -1,6 +1,7 @@
 #include "mixed_linear_cpu_blocks.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace clp {
 
@@ -10,7 +11,7 @@ namespace {
 // twice, for those of the next pass.
 constexpr int64_t kBlockRows = 512, kMixes = 8, kMixFloats = 1 << 17, kPanels = 8;
 
-// All lines in the course of `tiles` products of `steps` terms, some every 16 terms.
+// All lines in the course of `tiles` products of `steps` terms, some every 16 terms or fewer.
 void spread(Fetch& fetch, int64_t tiles, int64_t steps) {
   fetch.at_once = ceil_div(fetch.num_rows * fetch.lines, std::max<int64_t>(tiles * ceil_div(steps, 16), 1));
 }

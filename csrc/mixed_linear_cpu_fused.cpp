@@ -4,6 +4,7 @@
 // on its length alone.
 #include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "mixed_linear_cpu_blocks.h"
 
@@ -103,7 +104,7 @@ class Fused {
     for (int64_t t = 0; t < product_.terms_each; t++) {
       for (size_t s = 0; s < block.count; s++) mixes.push_back(&term(rows_.pieces[block.first + s], t).mix);
     }
-    return {w_, rows_, block, mixes, terms_};
+    return {w_, rows_, block, std::move(mixes), terms_};
   }
 
   // sums[n, place] += <weights n, rows>, group after group of outputs

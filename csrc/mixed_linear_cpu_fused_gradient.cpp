@@ -19,7 +19,7 @@ constexpr int64_t kDotSums = 1 << 18;
 constexpr float kOne = 1.0f;
 
 // Rows [begin, end) in the order of work, of one segment.
-struct Piece {
+struct SegmentRows {
   int64_t begin, end, segment;
 };
 
@@ -147,7 +147,7 @@ class FusedGradient {
         Fetch fetch = lines_of_dy(next, begin, end, (part.end - part.begin) / 16);
         float* to = sums + p * sums_each_ * tile_ + copy * tile_;
         for (size_t i = part.first; i < part.last; i++) {
-          const Piece& piece = pieces_[i];
+          const SegmentRows& piece = pieces_[i];
           const float* dy_rows = dy(turn) + (piece.begin - block.begin) * padded_group_;
           const float* x = x_->get() + (p * rows + piece.begin - block.begin) * width_;
           const bool adds = !is_first || h > block.first || i > part.first;
@@ -187,7 +187,7 @@ class FusedGradient {
   };
 
   // sums = or += scales dy^T x over the piece's rows
-  void multiply(const Piece& piece, int64_t group, const float* dy_rows, const float* x, Sums sums,
+  void multiply(const SegmentRows& piece, int64_t group, const float* dy_rows, const float* x, Sums sums,
                 Fetch& fetch) const {
     const int64_t outputs = std::min(group_, w_.N - group * group_), rows = piece.end - piece.begin;
     for (int64_t m = 0; m < rows; m += kTerms, sums.add = true) {
@@ -199,7 +199,7 @@ class FusedGradient {
   }
 
   // The dots of a piece's product with the deltas, and what of it goes to the sums.
-  void share_product(const Piece& piece, int64_t group, int64_t d0, int64_t d1, const Sums& sums) {
+  void share_product(const SegmentRows& piece, int64_t group, int64_t d0, int64_t d1, const Sums& sums) {
     GradTile tile = tile_of(group, product_->get(), d0, d1);
     tile.dots = dots_.data() + group / unit_ * dots_each_ + piece.segment * w_.K;
     tile.deltas = w_.deltas;
@@ -271,7 +271,7 @@ class FusedGradient {
   const int64_t dots_each_;
   int64_t block_rows_ = 0, inputs_ = 0, sums_step_ = 0, sum_groups_ = 0, unit_ = 1;
   std::vector<const char*> dy_rows_;
-  std::vector<Piece> pieces_;
+  std::vector<SegmentRows> pieces_;
   std::vector<Range> parts_, blocks_;  // of pieces, of parts
   std::vector<double> dots_;
   const ThreadScratch *dy_ = nullptr, *x_ = nullptr, *product_ = nullptr, *sums_ = nullptr;

@@ -133,7 +133,7 @@ CLP_INLINE void stream(Bf16* p, Vec v) {
 #endif
 }
 
-static void end_streams() {
+static inline void end_streams() {
 #ifdef CLP_F16C
   _mm_sfence();
 #endif

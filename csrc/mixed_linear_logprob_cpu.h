@@ -10,8 +10,8 @@
 
 namespace clp::logprob {
 
-// Places come in multiples of this many: no kernel has a tail. Those past the rows have coefficients and gradients of
-// zero.
+// Places come in multiples of this many: no kernel has a tail. Those past the rows have coefficients of zero, logits
+// that nobody reads, and gradients of zero.
 constexpr int64_t kLanes = 16;
 
 // What each place knows of the tokens seen so far.
@@ -25,7 +25,7 @@ struct States {
 // Logits of a chunk in place: they hold the head's output, or the base's part of it, and become logits' gradients.
 struct LogitsJob {
   float* logits;             // [places / panel, capacity, panel]
-  const float* copies;       // K of the same: products with each copy that are still to be weighted, or null
+  float* copies;             // K of the same: products with each copy that are still to be weighted, or null
   bool has_base;             // false: `logits` holds nothing yet
   int64_t places, panel, capacity, tokens, first_token;
   const float* bias;         // [V] or null

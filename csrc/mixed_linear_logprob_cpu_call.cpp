@@ -13,16 +13,17 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Tokens of a chunk: whole groups of weights, the same number for 2, 3, 6 or 7 threads. By streams, so many that 4 MiB
-// hold their weights.
-constexpr int64_t kChunk = 504, kStreamFloats = 1 << 20, kSmallestChunk = 64, kLargestChunk = 1024;
+// Tokens of a chunk: whole groups of weights, the same number for 2, 3, 6 or 7 threads. For torch's products, so many
+// that a panel of their weights takes 4 MiB.
+constexpr int64_t kChunk = 504, kPanelFloats = 1 << 20, kSmallestChunk = 64, kLargestChunk = 1024;
 
 // Mixing one stream of weights once costs as much as the product of so many rows with it.
 constexpr int64_t kRowsOfMix = 8;
 
 // Rows of a segment from which torch's product with a panel of its mix is faster than the own one, which mixes as it
-// goes; of one segment alone it always is, for the panel serves both of a chunk's products. Forward, with the gradient
-// of hidden, with all gradients, in ms, float32, K = 2, V = 8064, D = 1024, two Xeon threads with AVX-512:
+// goes. For few rows of one weighting alone it is too, for the panel serves both of a chunk's products, and for many
+// about as fast. Forward, with the gradient of hidden, with all gradients, in ms, float32, K = 2, V = 8064, D = 1024,
+// two Xeon threads with AVX-512:
 //   segments x rows   streams          panels           own
 //   1 x 16              6   13   23      5    8   17      6   13   23
 //   1 x 256            48   94  170     21   34   69     18   33   61
@@ -100,30 +101,40 @@ LogprobCall::LogprobCall(const LogprobTensors& t)
   job.slope = static_cast<float>(t.logit_scale / t.temperature);
   job.scale = t.softcap ? static_cast<float>(t.logit_scale / *t.softcap) : job.slope;
   job.cap = t.softcap ? static_cast<float>(*t.softcap / t.temperature) : 0.0f;
-  place_rows(choose_way());
+  place_rows(choose_form());
 }
 
-LogprobCall::Way LogprobCall::choose_way() const {
+LogprobCall::Form LogprobCall::choose_form() const {
   const int64_t M = kept.size(), streams = args.weights.K + (args.weights.base ? 1 : 0);
   const int64_t segments = static_cast<int64_t>(kept.plan.segments.size());
-  if (streams > 1 && segments == 1) return Way::panels;
-  if (segments * streams * kRowsOfMix >= M * (streams - 1)) return Way::streams;
-  return M < kPanelRows * segments ? Way::fused : Way::panels;
+  if (streams > 1 && segments == 1) return Form::panels;
+  if (segments * streams * kRowsOfMix >= M * (streams - 1)) return Form::streams;
+  return M < kPanelRows * segments ? Form::fused : Form::panels;
 }
 
-void LogprobCall::place_rows(Way way) {
-  const Weights& w = args.weights;
+void LogprobCall::list_places(Form form) {
   const std::vector<Segment>& segments = kept.plan.segments;
-  const bool is_fused = way == Way::fused;
-  // Each segment's places, or all of them, start a panel or a unit.
-  const int64_t unit = is_fused ? kernels_in_use().panel_rows : kLanes;
-  for (size_t g = 0; g < segments.size(); g++) {
-    if (g == 0 || way != Way::streams) job.places = ceil_div(job.places, unit) * unit;
+  if (form == Form::fused) {
+    const RowBlocks blocks(segments, kernels_in_use().panel_rows);
+    for (const Piece& piece : blocks.pieces) {
+      for (int64_t m = 0; m < piece.rows(); m++) places.push_back(static_cast<int32_t>(piece.place + m));
+    }
+    job.places = blocks.places;
+  }
+  for (size_t g = 0; form != Form::fused && g < segments.size(); g++) {
+    if (form == Form::panels) job.places = ceil_div(job.places, kLanes) * kLanes;
     for (int64_t m = segments[g].begin; m < segments[g].end; m++) places.push_back(static_cast<int32_t>(job.places++));
   }
-  job.places = ceil_div(ceil_div(job.places, unit) * unit, kLanes) * kLanes;
-  job.panel = is_fused ? unit : job.places;
-  const int64_t fitting = kStreamFloats / std::max<int64_t>(w.D, 1) / kLanes * kLanes;
+  job.places = ceil_div(job.places, kLanes) * kLanes;
+}
+
+void LogprobCall::place_rows(Form form) {
+  const Weights& w = args.weights;
+  const std::vector<Segment>& segments = kept.plan.segments;
+  const bool is_fused = form == Form::fused;
+  list_places(form);
+  job.panel = is_fused ? kernels_in_use().panel_rows : job.places;
+  const int64_t fitting = kPanelFloats / std::max<int64_t>(w.D, 1) / kLanes * kLanes;
   job.capacity = std::min(is_fused ? kChunk : std::clamp(fitting, kSmallestChunk, kLargestChunk), w.N);
   targets_.assign(job.places, -1);
   rows_.assign(job.places, -1);
@@ -138,17 +149,17 @@ void LogprobCall::place_rows(Way way) {
   job.targets = targets_.data();
   job.rows = rows_.data();
   job.c = c_.data();
-  // Nothing else writes the places past the rows before it reads them.
+  // The products leave places past the rows as they are: what the kernels make of them has to begin with numbers.
   logits_ = Scratch(job.size());
   std::fill_n(logits_.get(), job.size(), 0.0f);
   job.logits = logits_.get();
-  job.has_base = way != Way::streams || w.base;
-  if (way == Way::streams) {
+  job.has_base = form != Form::streams || w.base;
+  if (form == Form::streams) {
     copies_ = Scratch(w.K * job.size());
     std::fill_n(copies_.get(), w.K * job.size(), 0.0f);
     job.copies = copies_.get();
   }
-  products = is_fused ? fused_products(*this) : way == Way::panels ? panel_products(*this) : stream_products(*this);
+  products = is_fused ? fused_products(*this) : form == Form::panels ? panel_products(*this) : stream_products(*this);
 }
 
 Weights LogprobCall::chunk_weights() const {
@@ -191,13 +202,13 @@ void LogprobCall::scatter_rows(const float* values, const Tensor& out) const {
   }
 }
 
-std::vector<float> LogprobCall::gather(const Tensor& values, int64_t width, int64_t column, float padding) const {
+std::vector<float> LogprobCall::gather(const Tensor& values, int64_t width, int64_t column) const {
   STD_TORCH_CHECK(values.scalar_type() == ScalarType::Float && values.is_contiguous() &&
                       values.numel() == args.M * width,
                   "mixed_linear_logprob (cpp): a value of each row must be contiguous float32 [", args.M, ", ",
                   width, "]");
   const float* data = static_cast<const float*>(values.const_data_ptr());
-  std::vector<float> gathered(job.places, padding);
+  std::vector<float> gathered(job.places, 0.0f);
   for (int64_t m = 0; m < kept.size(); m++) gathered[places[m]] = data[kept.row(m) * width + column];
   return gathered;
 }

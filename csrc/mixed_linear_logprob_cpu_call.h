@@ -36,8 +36,6 @@ struct ChunkGradients {
   bool is_none() const { return !base && !deltas && !d_c; }
 };
 
-class LogprobCall;
-
 // What happens to logits between a chunk's products.
 struct Process {
   std::function<void(int64_t begin, int64_t end)> places;  // units of kLanes: they become what is spread
@@ -85,8 +83,8 @@ class LogprobCall {
 
   // Writes values [M, D] in the order of work to rows of out; those without a target are left as they are.
   void scatter_rows(const float* values, const Tensor& out) const;
-  // A column of [rows, width] floats, at each row's place; `padding` past the rows.
-  std::vector<float> gather(const Tensor& values, int64_t width, int64_t column, float padding) const;
+  // A column of [rows, width] floats, at each row's place; zero past the rows.
+  std::vector<float> gather(const Tensor& values, int64_t width, int64_t column) const;
 
   // Rows of hidden in the order of work, as float32: columns in panels of `width`; or as they lie, else in `staged`.
   void stage_hidden(int64_t width, float* out) const;
@@ -101,9 +99,10 @@ class LogprobCall {
   std::unique_ptr<Products> products;
 
  private:
-  enum class Way { streams, panels, fused };
-  Way choose_way() const;
-  void place_rows(Way way);
+  enum class Form { streams, panels, fused };
+  Form choose_form() const;
+  void place_rows(Form form);
+  void list_places(Form form);
   Weights chunk_weights() const;
 
   std::optional<Tensor> hidden_;

@@ -1,5 +1,8 @@
 // A chunk's products with each segment's mix, made as they go: the logits lie in panels of places, as packed rows give
 // them, and every product takes them or their gradients from there.
+#include <algorithm>
+#include <utility>
+
 #include "mixed_linear_cpu_blocks.h"
 #include "mixed_linear_logprob_cpu_call.h"
 
@@ -42,19 +45,18 @@ class FusedProducts : public Products {
   // Rows of hidden, turned: [blocks of inputs, panels, inputs, width].
   void pack() {
     const int32_t* order = call_.kept.order.empty() ? nullptr : call_.kept.order.data();
-    const int64_t D = job_.D, blocks = ceil_div(D, inputs_at_once_);
+    const int64_t D = job_.D, pieces = static_cast<int64_t>(rows_.pieces.size());
     const ThreadScratch rows(width_ * inputs_at_once_);
-    parallel(blocks, call_.kept.size() * inputs_at_once_, [&](int64_t begin, int64_t end) {
-      for (int64_t d0 = begin * inputs_at_once_; d0 < std::min(D, end * inputs_at_once_); d0 += inputs_at_once_) {
-        const int64_t d1 = std::min(D, d0 + inputs_at_once_), size = d1 - d0;
-        for (const Piece& piece : rows_.pieces) {
-          float* out = packed_.get() + rows_.places * d0 + piece.place * size;
-          for (int64_t m = piece.begin; m < piece.end; m += width_, out += width_ * size) {
-            const int64_t count = std::min(width_, piece.end - m);
-            kernels_.stage({call_.hidden.data, call_.hidden.dtype, order, m, count, D, d0, d1, size, nullptr,
-                            rows.get()});
-            kernels_.pack(rows.get(), count, size, size, out);
-          }
+    parallel(ceil_div(D, inputs_at_once_) * pieces, width_ * inputs_at_once_, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const Piece& piece = rows_.pieces[i % pieces];
+        const int64_t d0 = i / pieces * inputs_at_once_, d1 = std::min(D, d0 + inputs_at_once_), size = d1 - d0;
+        float* out = packed_.get() + rows_.places * d0 + piece.place * size;
+        for (int64_t m = piece.begin; m < piece.end; m += width_, out += width_ * size) {
+          const int64_t count = std::min(width_, piece.end - m);
+          kernels_.stage({call_.hidden.data, call_.hidden.dtype, order, m, count, D, d0, d1, size, nullptr,
+                          rows.get()});
+          kernels_.pack(rows.get(), count, size, size, out);
         }
       }
     });
@@ -65,7 +67,7 @@ class FusedProducts : public Products {
     for (size_t s = 0; s < block.count; s++) {
       mixes.push_back(&call_.mixes.of_segment(static_cast<int64_t>(rows_.pieces[block.first + s].segment)));
     }
-    return {weights, rows_, block, mixes, terms};
+    return {weights, rows_, block, std::move(mixes), terms};
   }
 
   // A token's logit at a place; the next token's is `width_` further on.
@@ -122,23 +124,18 @@ class FusedProducts : public Products {
     });
   }
 
-  // What a call's weight gradients need beside the chunk.
+  // Sums of a tile of the weights' gradients: each copy's, and the base's, for which all segments count as they are.
   struct Sums {
     Sums(const FusedProducts& of, const ChunkGradients& gradients)
-        : is_one(of.call_.kept.plan.segments.size() == 1),
-          copies(gradients.deltas && !is_one ? of.job_.K : 0),
-          has_whole(gradients.base || (gradients.deltas && is_one)),
-          each(copies + (has_whole ? 1 : 0)) {
-      for (size_t g = 0; g < of.call_.kept.plan.segments.size(); g++) {
-        scales.insert(scales.end(), of.coefficients(g), of.coefficients(g) + copies);
-        if (has_whole) scales.push_back(1.0f);
+        : copies(gradients.deltas ? of.job_.K : 0), each(copies + (gradients.base ? 1 : 0)) {
+      for (const Segment& segment : of.call_.kept.plan.segments) {
+        const float* c = of.call_.args.c + segment.weighting * of.job_.K;
+        scales.insert(scales.end(), c, c + copies);
+        if (gradients.base) scales.push_back(1.0f);
       }
     }
 
-    const bool is_one;           // copies' gradients differ by a factor alone
-    const int64_t copies;        // that have sums of their own
-    const bool has_whole;        // beside them the sum of all segments' products
-    const int64_t each;
+    const int64_t copies, each;
     std::vector<float> scales;   // [segments, each]
   };
 
@@ -196,7 +193,6 @@ class FusedProducts : public Products {
   void add_products(const Weights& weights, const Range& range, int64_t group, int64_t d0, int64_t d1, float* sums,
                     double* dots) {
     const int64_t tokens = std::min(group_, weights.N - group * group_), M = call_.kept.size();
-    Fetch nothing{nullptr, 0, 0, 1, 0};
     for (int64_t d = d0; d < d1; d += width_, sums += sums_->each * tile_) {
       for (size_t i = range.first; i < range.last; i++) {
         const Piece& piece = rows_.pieces[i];
@@ -204,11 +200,11 @@ class FusedProducts : public Products {
         const float* scales = sums_->scales.data() + piece.segment * sums_->each;
         const bool adds = i > 0;
         if (!dots) {
-          multiply(dy, x, tokens, piece.rows(), {sums, scales, sums_->each, adds}, nothing);
+          multiply(dy, x, tokens, piece.rows(), {sums, scales, sums_->each, adds});
           continue;
         }
         float* product = mixed_.get();
-        multiply(dy, x, tokens, piece.rows(), {product, &kOne, 1, false}, nothing);
+        multiply(dy, x, tokens, piece.rows(), {product, &kOne, 1, false});
         GradTile tile{product, width_, tokens, std::min(width_, d1 - d), job_.K};
         tile.deltas = weights.deltas;
         tile.deltas_dtype = weights.deltas_dtype;
@@ -232,12 +228,13 @@ class FusedProducts : public Products {
   };
 
   // target = or += scales dy^T x over rows
-  void multiply(const float* dy, const float* x, int64_t tokens, int64_t rows, Target target, Fetch& fetch) const {
+  void multiply(const float* dy, const float* x, int64_t tokens, int64_t rows, Target target) const {
+    Fetch nothing{nullptr, 0, 0, 1, 0};
     for (int64_t m = 0; m < rows; m += kFusedTerms, target.add = true) {
       kernels_.block_product({dy + m * job_.capacity, width_, job_.capacity * width_, false, tokens, x + m * width_, 0,
                               std::min(kFusedTerms, rows - m), width_, target.add, target.out, width_, 0, tile_,
                               target.scales, target.copies},
-                             fetch);
+                             nothing);
     }
   }
 
@@ -247,16 +244,13 @@ class FusedProducts : public Products {
     const int64_t tokens = std::min(group_, weights.N - group * group_), D = job_.D, K = job_.K;
     GradTile copies{};
     copies.g_step = sums_->each * tile_;
-    copies.K = sums_->is_one ? K : 1;
-    copies.c = sums_->is_one ? coefficients(0) : &kOne;
+    copies.K = 1;
+    copies.c = &kOne;
     copies.out = gradients.deltas;
     copies.out_dtype = gradients.adds_deltas ? Dtype::f32 : weights.deltas_dtype;
-    copies.out_copy = D;
     copies.add = gradients.adds_deltas;
     copies.past_caches = gradients.past_caches && !copies.add;
     GradTile base = copies;
-    base.K = 1;
-    base.c = &kOne;
     base.out = gradients.base;
     base.out_dtype = weights.base_dtype;
     base.add = false;
@@ -264,7 +258,7 @@ class FusedProducts : public Products {
     for (int64_t i = 0; i < tokens; i++) {
       const int64_t token = group * group_ + i;
       const float* g = sums + i * width_;
-      for (int64_t k = 0; gradients.deltas && k < (sums_->is_one ? 1 : K); k++) {
+      for (int64_t k = 0; k < sums_->copies; k++) {
         copies.g = g + k * tile_;
         copies.first_out = (token * K + k) * D + d0;
         write_row(kernels_, copies, d1 - d0);
@@ -273,10 +267,6 @@ class FusedProducts : public Products {
       base.first_out = token * D + d0;
       if (gradients.base) write_row(kernels_, base, d1 - d0);
     }
-  }
-
-  const float* coefficients(size_t segment) const {
-    return call_.args.c + call_.kept.plan.segments[segment].weighting * job_.K;
   }
 
   const LogprobCall& call_;

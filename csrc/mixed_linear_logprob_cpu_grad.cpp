@@ -1,7 +1,6 @@
 // mixed_linear_logprob on the CPU, backward: makes each chunk's logits again, turns them into their gradients and
 // spreads these over hidden and the parameters, so that a chunk's gradients are written once.
 #include <algorithm>
-#include <cfloat>
 #include <cstring>
 
 #include "cpu_pages.h"
@@ -107,11 +106,10 @@ void mixed_linear_logprob_cpu_backward(
     std::memset((*gradient)->mutable_data_ptr(), 0, (*gradient)->numel() * (*gradient)->element_size());
   }
   if (M == 0) return;
-  // Past the rows the largest logit is so large that nothing is left of theirs.
-  const std::vector<float> max = call.gather(normalizer, 2, 0, FLT_MAX), log_sum = call.gather(normalizer, 2, 1, 0.0f);
-  const std::vector<float> d_logprobs = call.gather(d_logprob, 1, 0, 0.0f);
+  const std::vector<float> max = call.gather(normalizer, 2, 0), log_sum = call.gather(normalizer, 2, 1);
+  const std::vector<float> d_logprobs = call.gather(d_logprob, 1, 0);
   std::vector<float> entropies, d_entropies;
-  if (d_entropy) entropies = call.gather(*entropy, 1, 0, 0.0f), d_entropies = call.gather(*d_entropy, 1, 0, 0.0f);
+  if (d_entropy) entropies = call.gather(*entropy, 1, 0), d_entropies = call.gather(*d_entropy, 1, 0);
   job.max = max.data();
   job.log_sum = log_sum.data();
   job.d_logprob = d_logprobs.data();

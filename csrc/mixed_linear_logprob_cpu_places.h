@@ -104,7 +104,7 @@ static void forward(const LogitsJob& job, int64_t begin, int64_t end) {
 
 // dy = slope tanh' (d_logprob (onehot - p) - d_entropy p (log p + entropy))
 static void backward_places(const LogitsJob& job, int64_t place) {
-  const VecInt target = load(job.targets + place) - (int32_t)job.first_token;
+  const VecInt target = load(job.targets + place) - (int32_t)job.first_token, is_row = load(job.rows + place) >= 0;
   const Vec max = load(job.max + place), log_sum = load(job.log_sum + place), d_logprob = load(job.d_logprob + place);
   const Vec entropy = job.d_entropy ? load(job.entropy + place) : splat(0.0f);
   const Vec d_entropy = job.d_entropy ? load(job.d_entropy + place) : splat(0.0f);
@@ -113,7 +113,7 @@ static void backward_places(const LogitsJob& job, int64_t place) {
     Vec dy = d_logprob * ((target == (int32_t)v ? splat(1.0f) : splat(0.0f)) - p);
     if (job.d_entropy) dy -= p == 0.0f ? splat(0.0f) : d_entropy * p * (logprob + entropy);
     if (job.cap != 0.0f) dy *= cap_slope(logit, job.cap);
-    store(job.logits + at, dy * job.slope);
+    store(job.logits + at, is_row ? dy * job.slope : splat(0.0f));  // sum_tokens adds all places
   }
 }
 

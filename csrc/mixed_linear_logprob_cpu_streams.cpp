@@ -18,8 +18,8 @@ class StreamProducts : public Products {
     for (int64_t k = 0; k < job_.K; k++) gemm(copy(k), stream(weights, k), x_.transposed(), false);
     process.places(0, job_.places / kLanes);
     process.sums();
-    if (!gradient && gradients.is_none()) return;
     for (int64_t k = weights.base ? -1 : 0; k < job_.K; k++) {
+      if (!gradient && !(k < 0 ? gradients.base : gradients.deltas)) continue;
       if (k >= 0) weigh(k);
       const Matrix dy = k < 0 ? chunk(job_.logits) : copy(k);
       if (gradient) gemm({gradient, M_, job_.D, job_.D, 1}, dy.transposed(), stream(weights, k), true);
@@ -30,7 +30,7 @@ class StreamProducts : public Products {
  private:
   // The head's output, or what else lies like it, as [tokens, M].
   Matrix chunk(float* values) const { return {values, job_.tokens, M_, job_.panel, 1}; }
-  Matrix copy(int64_t k) const { return chunk(const_cast<float*>(job_.copies) + k * job_.size()); }
+  Matrix copy(int64_t k) const { return chunk(job_.copies + k * job_.size()); }
 
   void weigh(int64_t k) const {
     const LogprobKernels& kernels = logprob_kernels_in_use();

@@ -68,20 +68,46 @@ def test_segments_of_every_length(M, S, rows, dtypes):
 
 
 @needs_cpp
+@pytest.mark.parametrize("wanted", [PARAMETERS, ("base", "coefficients")], ids=["all", "no deltas"])
+def test_segments_of_uneven_length(wanted):
+    """One of more than 512 rows among short ones, which are not cut, and a last chunk of six tokens."""
+    lengths = torch.tensor([20, 1100, 33, 9, 64, 1])
+    a = problem(int(lengths.sum()), 40, 510, 3, S=6)
+    a["row_map"] = torch.arange(6, dtype=torch.int32).repeat_interleave(lengths)
+    compare(a, "cpp", wanted=wanted)
+
+
+@needs_cpp
+@pytest.mark.parametrize(("M", "S", "rows"), [(90, 3, "segments"), (90, 1, "one"), (90, 90, "different")])
+def test_a_token_that_one_copy_removes(M, S, rows):
+    """A bias of -inf in one copy, in the first of several chunks, reaches that token alone."""
+    a = problem(M, 16, 1100, 2, rows=rows, S=S)
+    a["coefficients"] = a["coefficients"].abs() + 0.1
+    a["bias_deltas"][5, 0] = -torch.inf
+    a["targets"] = torch.where(a["targets"] == 5, 6, a["targets"])
+    wanted = ("hidden", "base", "deltas", "bias", "bias_deltas")
+    ours, expected = (
+        values_and_gradients(op, a, wanted=wanted, **kwargs)
+        for op, kwargs in ((mixed_linear_logprob, {"backend": "cpp"}), (mixed_linear_logprob_ref, {}))
+    )
+    for name, value in expected.items():
+        assert value.isfinite().all(), name
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+
+
+@needs_cpp
 @pytest.mark.parametrize("S", [1, 3, 20])
-def test_copies_without_weight_are_not_read(S):
-    """NaN in a copy whose coefficient is zero reaches nothing but that coefficient's gradient."""
+def test_copies_without_weight_are_not_mixed(S):
+    """Where rows share weightings, NaN in a copy of coefficient zero reaches that coefficient's gradient alone."""
     a = problem(400, 40, 600, 3, rows="segments", S=S)
     a["coefficients"][:, 1] = 0
     results = values_and_gradients(mixed_linear_logprob, a, backend="cpp")
     a["deltas"][:, 1] = torch.nan
     poisoned = values_and_gradients(mixed_linear_logprob, a, backend="cpp")
+    for results_of_run in (results, poisoned):
+        results_of_run["coefficients"] = results_of_run["coefficients"][:, [0, 2]]
     for name, value in results.items():
-        kept = [0, 2] if name == "coefficients" else [0, 1, 2]
-        assert torch.equal(
-            poisoned[name][:, kept] if name == "coefficients" else poisoned[name],
-            value[:, kept] if name == "coefficients" else value,
-        ), name
+        assert torch.equal(poisoned[name], value), name
 
 
 @needs_cpp
