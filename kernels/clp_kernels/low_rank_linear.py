@@ -66,7 +66,7 @@ def low_rank_linear(
 
     Reference: LoRA, arXiv 2106.09685, equation 3; its conditioned forms: Panacea, arXiv 2402.02030.
     """
-    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    if torch._C._is_any_autocast_enabled():  # asked for a device by name it takes 0.15 us more
         x = autocast(x)
     needs_grad = torch.is_grad_enabled() and (
         up.requires_grad or x.requires_grad or any(t is not None and t.requires_grad for t in (base, down, gates, bias))

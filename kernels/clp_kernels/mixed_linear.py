@@ -62,7 +62,7 @@ def mixed_linear(
 
     Reference: arXiv 2407.15762, section 3 (parameter averaging; here of differences to the reference model).
     """
-    if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+    if torch._C._is_any_autocast_enabled():  # asked for a device by name it takes 0.15 us more
         x = autocast(x)
     needs_grad = torch.is_grad_enabled() and (
         deltas.requires_grad

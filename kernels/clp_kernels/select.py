@@ -11,6 +11,10 @@ from torch import Tensor
 from clp_kernels import extension
 from clp_kernels.backend import available_backends, check_backend_name, missing_reason, requested_backend
 
+# Looked up once: a call of a tiny layer takes some microseconds.
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+
 CPP_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of the GPU back-ends too
 
 
@@ -135,8 +139,8 @@ def runs_compiled(x: Tensor, backend: str | None) -> bool:
         x.is_cpu
         and (requested_backend() if backend is None else backend) in ("auto", "cpp")
         and extension.missing_reason("cpu") is None
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.compiler.is_compiling()
+        and not _transforms_are_active()
+        and not _is_compiling()
     )
 
 
