@@ -9,8 +9,8 @@ namespace clp {
 namespace {
 
 // Rows and floats of a block of x, packed, and its inputs, at most: 1 MiB. Rows of dy that are multiplied by all of its
-// inputs in turn: their packed columns stay in the first-level cache. Terms that are added one by one.
-constexpr int64_t kBlockRows = 1024, kBlockFloats = 1 << 18, kBlockInputs = 1024, kPartRows = 512, kTerms = 256;
+// inputs in turn: their packed columns stay in the first-level cache.
+constexpr int64_t kBlockRows = 1024, kBlockFloats = 1 << 18, kBlockInputs = 1024, kPartRows = 512;
 // Floats of a thread's sums over several blocks of rows, for at least one group of outputs.
 constexpr int64_t kSums = 3 << 17;
 // The sums of d_c by groups of outputs: their order does not depend on the threads.
@@ -190,10 +190,10 @@ class FusedGradient {
   void multiply(const SegmentRows& piece, int64_t group, const float* dy_rows, const float* x, Sums sums,
                 Fetch& fetch) const {
     const int64_t outputs = std::min(group_, w_.N - group * group_), rows = piece.end - piece.begin;
-    for (int64_t m = 0; m < rows; m += kTerms, sums.add = true) {
+    for (int64_t m = 0; m < rows; m += kFusedTerms, sums.add = true) {
       kernels_.block_product({dy_rows + m * padded_group_, padded_group_, 0, true, outputs, x + m * width_, 0,
-                              std::min(kTerms, rows - m), width_, sums.add, sums.out, width_, 0, tile_, sums.scales,
-                              sums.copies},
+                              std::min(kFusedTerms, rows - m), width_, sums.add, sums.out, width_, 0, tile_,
+                              sums.scales, sums.copies},
                              fetch);
     }
   }

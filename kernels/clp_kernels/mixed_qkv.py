@@ -8,11 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clp_kernels import extension
-from clp_kernels.backend import requested_backend
 from clp_kernels.mixed_qkv_arguments import Projection, flatten_qkv
 from clp_kernels.mixed_qkv_ops import compiled_op, mixed_qkv_op
-from clp_kernels.select import CPP_DTYPES, OperatorCall, resolve
+from clp_kernels.select import CPP_DTYPES, OperatorCall, resolve, runs_compiled
 
 
 def mixed_qkv(
@@ -72,7 +70,7 @@ def mixed_qkv(
     """
     if torch.is_grad_enabled():
         _refuse_gradients(x, norm_weight, *q, *k, *v, coefficients, q_norm, k_norm)
-    if row_map is not None and _runs_compiled(x, backend):
+    if row_map is not None and x.dtype in CPP_DTYPES and runs_compiled(x, backend):
         try:
             return compiled_op(
                 x, norm_weight, *q, *k, *v, coefficients, row_map, cos, sin, q_norm, k_norm, eps, batch_invariant
@@ -92,18 +90,6 @@ def mixed_qkv(
     )
     query, key, value = (t.view(*x.shape[:-1], *t.shape[1:]) for t in heads)
     return query, key, value
-
-
-def _runs_compiled(x: Tensor, backend: str | None) -> bool:
-    """Return whether to try the compiled CPU operator at once, as `mixed_linear` does."""
-    return (
-        x.is_cpu
-        and x.dtype in CPP_DTYPES
-        and (requested_backend() if backend is None else backend) in ("auto", "cpp")
-        and extension.missing_reason("cpu") is None
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
 
 
 def _refuse_gradients(*tensors: Tensor | None) -> None:
